@@ -1,0 +1,52 @@
+# Every target sets up what it needs; nothing but Python 3.11 or newer has to be there first.
+#   make demo    the whole DAG on real text, in minutes on two CPU cores; opens with `make demo RUN=pipelines/runs/smollm2.yaml` on a real model
+#   make test    lint, types and every test
+#   make check   lint, format and types only
+#   make compile the packages to upload in the Kubeflow UI
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN ?= pipelines/runs/tiny.yaml
+# On Linux without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves gigabytes of CUDA libraries.
+TORCH_INDEX ?=
+INSTALL = $(VENV)/bin/python -m pip install --quiet --constraint docker/constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.PHONY: demo test test-fast check format compile clean
+
+demo: $(VENV)/all
+	$(VENV)/bin/python -m pipelines run sapo --run $(RUN)
+
+test: check
+	$(VENV)/bin/python -m pytest
+
+test-fast: $(VENV)/dev
+	$(VENV)/bin/python -m pytest -m "not slow"
+
+check: $(VENV)/dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m pipelines compile --check
+
+format: $(VENV)/dev
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+compile: $(VENV)/all
+	$(VENV)/bin/python -m pipelines compile
+
+clean:
+	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache
+
+# A stamp for each set of extras, made anew when dependencies change. torch goes first: its CPU build must be in place
+# before a resolver looks for one.
+$(VENV)/all: pyproject.toml docker/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) --upgrade pip
+	$(INSTALL) torch
+	$(INSTALL) --editable '.[all]'
+	touch $@
+
+$(VENV)/dev: $(VENV)/all
+	$(INSTALL) --editable '.[dev]'
+	touch $@

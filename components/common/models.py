@@ -1,0 +1,63 @@
+"""Loading what the model stage (or a training stage) wrote. Needs torch and transformers."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from components.common.chat_templates import require_chat_template
+from components.common.errors import UserError
+from components.common.locations import existing_path
+
+
+def check_model_directory(model: str) -> Path:
+    """The directory of a Hugging Face model.
+
+    Raises:
+        UserError: it is missing, or has no config.json.
+    """
+    path = existing_path(model, "model")
+    if not (path / "config.json").is_file():
+        raise UserError(f"--model {model}: has no config.json; give a directory that the model stage wrote")
+    return path
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory, which must have a chat template."""
+    path = check_model_directory(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--model {model}: its tokenizer cannot be loaded: {_one_line(error)}") from error
+    require_chat_template(tokenizer, f"--model {model}")
+    return tokenizer
+
+
+def load_config(model: str) -> Any:
+    """The model's Hugging Face configuration."""
+    path = check_model_directory(model)
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {model}: its config.json cannot be read: {_one_line(error)}") from error
+
+
+def load_model(model: str, dtype: torch.dtype | str = "auto", **options: Any) -> PreTrainedModel:
+    """The causal language model of a directory, from safetensors only.
+
+    Raises:
+        UserError: weights are missing, truncated or of another architecture.
+    """
+    path = check_model_directory(model)
+    transformers_logging.disable_progress_bar()
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
+    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"--model {model}: its weights cannot be loaded: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

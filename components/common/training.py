@@ -1,0 +1,122 @@
+"""What the training stages share: their common settings, progress, the training log and the saved model."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from components.common.cli import REQUIRED, StageConfig, setting
+from components.common.progress import progress
+
+# Set by the stage from --output and --training_log; a recipe must not.
+HIDDEN = ("output_dir", "do_train", "do_eval", "do_predict", "local_rank", "resume_from_checkpoint", "disable_tqdm")
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainingStageConfig(StageConfig):
+    """Settings of every training stage."""
+
+    data: str = setting(REQUIRED, "Output of the data stage (train.jsonl, test.jsonl).")
+    model: str = setting(REQUIRED, "Directory of the model to start from, with its chat template.")
+    name: str | None = setting(None, "What the report calls this run; default: the stage and its loss.")
+    training_log: str | None = setting(
+        None, "Directory for curves, pairs and TensorBoard files; default OUTPUT/training."
+    )
+    max_prompt_length: int = setting(1792, "Rows whose prompt has this many tokens or more are dropped.", "1792")
+    eval_rows: int = setting(128, "Held-out rows that are scored during training; 0 for none.")
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_prompt_length", 1), ("eval_rows", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be {least} or more")
+
+    def log_directory(self) -> Path:
+        return Path(self.training_log) if self.training_log else Path(self.output) / "training"
+
+
+class TrainingProgress(TrainerCallback):
+    """One progress bar over the steps, with the newest loss and margin beside it."""
+
+    SHOWN = ("loss", "rewards/margins", "eval_loss", "eval_rewards/margins")
+
+    def __init__(self, description: str) -> None:
+        self.description = description
+        self.shown: dict[str, str] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.bar = progress(total=state.max_steps, initial=state.global_step, desc=self.description, unit="steps")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.shown |= {k: f"{v:.3f}" for k, v in (logs or {}).items() if k in self.SHOWN}
+        self.bar.set_postfix(self.shown, refresh=False)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.bar.close()
+
+
+def show_progress(trainer: Trainer, description: str) -> None:
+    """Replaces the trainer's printed dictionaries by one progress bar."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(TrainingProgress(description))
+
+
+def stage_arguments(log_directory: Path) -> dict[str, Any]:
+    """Trainer arguments that a stage sets itself, and the place of TensorBoard's files."""
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(log_directory / "tensorboard")
+    return {"output_dir": str(log_directory), "disable_tqdm": True}
+
+
+def library_versions() -> dict[str, str]:
+    names = ("torch", "transformers", "trl", "accelerate", "deepspeed", "vllm")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_training_log(
+    directory: Path, stage: str, name: str, trainer: Trainer, settings: dict[str, Any], summary: dict[str, float]
+) -> None:
+    """Writes `log_history.jsonl` and, last, `summary.json`: what the report stage reads."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(entry) for entry in trainer.state.log_history]
+    (directory / "log_history.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    content = {
+        "schema": 1,
+        "stage": stage,
+        "name": name,
+        "steps": trainer.state.global_step,
+        "seconds": summary.get("train_runtime"),
+        "settings": settings,
+        "versions": library_versions(),
+        "summary": summary,
+    }
+    (directory / "summary.json").write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
+
+
+def save_model(trainer: Trainer, output: Path) -> None:
+    """Writes the trained weights and tokenizer as a plain Hugging Face directory."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.save_pretrained(output)
+    trainer.processing_class.save_pretrained(output)  # type: ignore[union-attr]

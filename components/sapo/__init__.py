@@ -1,0 +1,11 @@
+"""SAPO, Self-Augmented Preference Optimization (arXiv 2405.20830): the heart of the project.
+
+segments.py        y+ = A B C, where to cut, and y- = A B' C
+replay_buffer.py   FIFO with draws of weight 1 / (count + 1)
+ema.py             the EMA of the policy and copies between models
+samplers/          engines that write B'
+pair_forward.py    log-probs of both responses of a pair
+losses.py          DPO and ORPO on log-probs
+self_play.py       one sampling stage: rows in, buffer entries out
+trainer.py         Algorithm 1 on top of transformers.Trainer
+"""

@@ -1,0 +1,100 @@
+"""Settings of SAPO. Defaults are the paper's DPO run; `recipes/` has the ORPO runs and smaller models."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import TrainingArguments
+
+from components.common.cli import setting
+
+
+@dataclass(kw_only=True)
+class SAPOConfig(TrainingArguments):
+    """Settings of `SAPOTrainer`, on top of `transformers.TrainingArguments`.
+
+    Raises:
+        ValueError: a value cannot work; names the setting, the value and what is allowed.
+    """
+
+    # The loss
+    loss_type: Literal["dpo", "orpo"] = setting("dpo", "Preference loss on the pairs.", "both: Eq. 1 and Eq. 3")
+    beta: float = setting(0.1, "DPO: strength of the pull towards the reference.", "0.1")
+    orpo_lambda: float = setting(0.05, "ORPO: weight of the odds-ratio term.", "0.05")
+
+    # The pairs
+    max_length: int = setting(2048, "Tokens of prompt + response; a longer response is cut.", "2048")
+    segment_length: int = setting(256, "Tokens of segment B (N_seg).", "256; ablated 64, 128")
+    segment_start: Literal["whole", "anywhere"] = setting(
+        "whole",
+        "Draw B's start among those that leave a whole segment, or among all tokens.",
+        "a random truncation point",
+    )
+    no_segment: bool = setting(False, "Regenerate the whole response instead of a segment.", "ablation of Table 3")
+    max_new_tokens: int = setting(256, "Most tokens of B'.", "not given; 256 in the authors' code")
+    on_eos: Literal["truncate", "keep_tail"] = setting(
+        "truncate",
+        "When B' ends the turn: drop C, or drop the end token and keep C.",
+        "not given; C is dropped in the code",
+    )
+    responses_per_prompt: int = setting(1, "Rejected responses generated for each row.", "1; ablated 4, 8")
+
+    # The sampler
+    temperature: float = setting(0.7, "Sampling temperature; 0 is greedy.", "not given; 0.7 in the authors' code")
+    top_k: int = setting(50, "Sample among this many tokens; 0 for all.", "not given; 50 in the authors' code")
+    top_p: float = setting(
+        0.95, "Sample among tokens of this total probability.", "not given; 0.95 in the authors' code"
+    )
+    on_policy: bool = setting(False, "Sample with the policy instead of its EMA.", "ablation of Table 3")
+    sampler_batch_size: int = setting(64, "Prompts that generate together.")
+
+    # Off-policy learning
+    replay_buffer_size: int = setting(2000, "Pairs held by the replay buffer, of the whole run.", "2000")
+    ema_decay: float = setting(0.5, "alpha of Eq. 6: share of the old average kept by an update.", "0.5")
+    ema_interval: int = setting(2, "Optimizer steps between EMA updates.", "2; 1 in the authors' code")
+    reference: Literal["ema", "policy", "fixed"] = setting(
+        "ema", "DPO: what the reference is refreshed from; `fixed` keeps the start model.", "ema; ablated in Table 4"
+    )
+    reference_interval: int | Literal["epoch"] = setting(
+        "epoch",
+        "DPO: optimizer steps between refreshes of the reference.",
+        "periodically; 108 steps (an epoch) in the code",
+    )
+
+    # What is written down
+    pairs_per_log: int = setting(2, "Pairs written to pairs.jsonl at each logging step.")
+
+    # Inherited, with other defaults
+    learning_rate: float = setting(5e-7, "Peak learning rate.", "DPO 5e-7, ORPO 5e-6")
+    optim: str = setting("rmsprop", "Optimizer by transformers' name.", "DPO rmsprop, ORPO adamw")
+    lr_scheduler_type: str = setting("linear", "Learning rate schedule.", "not given; linear, ORPO inverse_sqrt")
+    warmup_steps: float = setting(0.1, "Steps of warm-up, or a share of all steps below 1.", "not given; 0.1, ORPO 100")
+    num_train_epochs: float = setting(4.0, "Passes over the rows.", "4")
+    per_device_train_batch_size: int = setting(8, "Pairs of a micro-batch on each device.", "not given; 8 on 8 GPUs")
+    seed: int = setting(42, "Seed of everything random.", "not given; 42 in the authors' code")
+    save_strategy: str = setting("no", "When to save checkpoints.")
+    report_to: str | list[str] | None = setting("tensorboard", "Where curves go: tensorboard, wandb, mlflow, none.")
+    logging_steps: float = setting(10, "Optimizer steps between log entries.")
+
+    def __post_init__(self) -> None:
+        self._check()
+        super().__post_init__()
+
+    def _check(self) -> None:
+        for name in ("segment_length", "max_new_tokens", "responses_per_prompt", "replay_buffer_size", "ema_interval"):
+            self._require(name, getattr(self, name) >= 1, "must be 1 or more")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "sampler_batch_size"):
+            self._require(name, getattr(self, name) >= 1, "must be 1 or more")
+        for name in ("beta", "orpo_lambda", "learning_rate", "num_train_epochs"):
+            self._require(name, getattr(self, name) > 0, "must be above 0")
+        for name in ("temperature", "top_k", "pairs_per_log"):
+            self._require(name, getattr(self, name) >= 0, "must be 0 or more")
+        self._require("max_length", self.max_length >= 2, "must be 2 or more (a prompt and a response)")
+        self._require("ema_decay", 0 <= self.ema_decay <= 1, "must be within [0, 1]")
+        self._require("top_p", 0 < self.top_p <= 1, "must be within (0, 1]")
+        interval = self.reference_interval
+        self._require("reference_interval", interval == "epoch" or int(interval) >= 1, "must be 1 or more, or `epoch`")
+        self._require("save_strategy", self.save_strategy == "no", "must be `no`: the final model is always saved")
+
+    def _require(self, name: str, holds: bool, allowed: str) -> None:
+        if not holds:
+            raise ValueError(f"{name} = {getattr(self, name)!r}: {allowed}")

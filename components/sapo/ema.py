@@ -1,0 +1,52 @@
+"""The exponential moving average of the policy (paper Eq. 6), and copies between models of one architecture."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy that takes no gradients. Make it before a trainer wraps the model's forward."""
+    twin = copy.deepcopy(model)
+    twin.requires_grad_(False)
+    return twin.eval()
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    """Parameters and buffers as plain tensors; tied weights once."""
+    return [parameter.data for parameter in model.parameters()] + list(model.buffers())
+
+
+@torch.no_grad()
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """target <- source, in place."""
+    torch._foreach_copy_(_tensors(target), _tensors(source))
+
+
+class EMA:
+    """theta_EMA <- decay * theta_EMA + (1 - decay) * theta, in place, starting at theta.
+
+    Args:
+        policy: the model to follow; copied.
+        decay: the paper's alpha, in [0, 1]. 0 follows the policy, 1 never moves.
+
+    Attributes:
+        model: the averaged weights, without gradients.
+        version: updates done so far.
+    """
+
+    def __init__(self, policy: nn.Module, decay: float) -> None:
+        if not 0.0 <= decay <= 1.0:
+            raise ValueError(f"ema_decay = {decay}: must be within [0, 1]")
+        self.model = frozen_copy(policy)
+        self.decay = decay
+        self.version = 0
+
+    @torch.no_grad()
+    def update(self, policy: nn.Module) -> None:
+        """One step of Eq. 6 over all parameters at once; buffers (such as rotary tables) are constants."""
+        mine = [parameter.data for parameter in self.model.parameters()]
+        theirs = [parameter.data for parameter in policy.parameters()]
+        torch._foreach_lerp_(mine, theirs, 1.0 - self.decay)
+        self.version += 1

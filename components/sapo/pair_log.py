@@ -1,0 +1,51 @@
+"""`pairs.jsonl`: pairs as people read them, with B and B' apart, for the report's page of sampled pairs."""
+
+import json
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from components.common.chat_templates import EncodedRow
+from components.sapo.replay_buffer import Entry
+from components.sapo.segments import Rejected
+
+
+class PairLog:
+    """Appends pairs to a file as JSON Lines.
+
+    Args:
+        path: the file; made with its first pair.
+        tokenizer: turns ids into text; special tokens stay visible, so that one sees where a response ends.
+    """
+
+    def __init__(self, path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.path = path
+        self.tokenizer = tokenizer
+
+    def write(
+        self, step: int, row: EncodedRow, entry: Entry, rejected: Rejected, logp_b: Tensor, logp_b_prime: Tensor
+    ) -> None:
+        """Writes one pair; log-probs are the policy's sums over B and B', in nats, when it was trained on."""
+        start, end = entry.segment.start, entry.segment.end
+        line = {
+            "step": step,
+            "row_id": row["id"],
+            "split": "train",
+            "prompt": self._text(row["prompt_ids"]),
+            "a": self._text(row["chosen_ids"][:start]),
+            "b": self._text(row["chosen_ids"][start:end]),
+            "b_prime": self._text(rejected.ids[rejected.start : rejected.end]),
+            "c": self._text(row["chosen_ids"][end:]),
+            "c_kept": rejected.c_kept,
+            "ema_version": entry.version,
+            "generated_at_step": entry.step,
+            "logp_b": round(float(logp_b), 4),
+            "logp_b_prime": round(float(logp_b_prime), 4),
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids))

@@ -1,0 +1,83 @@
+"""The sampling stage of Algorithm 1 (lines 6 to 11): which rows a step takes, where they are cut, and what B' becomes."""
+
+from collections.abc import Sequence as Rows
+
+import numpy as np
+
+from components.common.chat_templates import EncodedRow
+from components.sapo.config import SAPOConfig
+from components.sapo.replay_buffer import Entry
+from components.sapo.samplers import Sampler
+from components.sapo.segments import Rejected, choose_segment, splice
+
+# Independent random streams of one run. A generator is made for each (seed, stream, step), so that nothing random has to
+# be saved: a resumed run draws what an uninterrupted one would.
+ROW_ORDER, SAMPLING, DRAWS, HELD_OUT = range(4)
+
+
+def generator(seed: int, stream: int, step: int) -> np.random.Generator:
+    """The random generator of one stream at one step."""
+    return np.random.default_rng((seed, stream, step))
+
+
+class RowOrder:
+    """Which rows each step takes: a fresh permutation every epoch, in slices of `rows_per_step`.
+
+    Args:
+        rows: size of the training set.
+        rows_per_step: fresh rows of an optimizer step; the last step of an epoch may have fewer.
+        seed: the run's seed.
+    """
+
+    def __init__(self, rows: int, rows_per_step: int, seed: int) -> None:
+        self.rows = rows
+        self.rows_per_step = rows_per_step
+        self.seed = seed
+        self.steps_per_epoch = -(-rows // rows_per_step)
+
+    def at(self, step: int) -> list[int]:
+        """Row indices of optimizer step `step`, counted from 0 over the whole run."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        permutation = generator(self.seed, ROW_ORDER, epoch).permutation(self.rows)
+        low = step_in_epoch * self.rows_per_step
+        return [int(row) for row in permutation[low : low + self.rows_per_step]]
+
+
+def sample_entries(
+    rows: Rows[EncodedRow],
+    chosen: list[int],
+    sampler: Sampler,
+    config: SAPOConfig,
+    random: np.random.Generator,
+    step: int,
+) -> list[Entry]:
+    """Cuts the chosen rows, regenerates B from (x, A), and returns one entry for each row and response.
+
+    Args:
+        rows: the training set.
+        chosen: indices of the rows of this step.
+        sampler: engine with the EMA's weights (the policy's, on-policy).
+        random: where B starts, and the sampler's seed.
+        step: optimizer steps done so far, recorded in the entries.
+    """
+    indices = [row for row in chosen for _ in range(config.responses_per_prompt)]
+    segment_length = None if config.no_segment else config.segment_length
+    segments = [
+        choose_segment(len(rows[row]["chosen_ids"]), segment_length, random, config.segment_start) for row in indices
+    ]
+    prompts, limits = [], []
+    for row, segment in zip(indices, segments, strict=True):
+        prompts.append(rows[row]["prompt_ids"] + rows[row]["chosen_ids"][: segment.start])
+        limits.append(min(config.max_new_tokens, config.max_length - len(prompts[-1])))
+    replacements = sampler.generate(prompts, limits, seed=int(random.integers(2**31)))
+    return [
+        Entry(row, segment, np.array(replacement, dtype=np.int32), step, sampler.version)
+        for row, segment, replacement in zip(indices, segments, replacements, strict=True)
+    ]
+
+
+def rejected_response(row: EncodedRow, entry: Entry, config: SAPOConfig, stop_ids: frozenset[int]) -> Rejected:
+    """y- of an entry: B' spliced into the row's response."""
+    window = config.max_length - len(row["prompt_ids"])
+    replacement: list[int] = entry.replacement.tolist()
+    return splice(row["chosen_ids"], entry.segment, replacement, stop_ids, window, config.on_eos)

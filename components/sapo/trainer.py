@@ -1,0 +1,382 @@
+"""Algorithm 1 on top of `transformers.Trainer`.
+
+One optimizer step is one iteration of the paper:
+    get_batch_samples    lines 6-11, 14: sample rows, regenerate B with the EMA, fill the buffer, draw a batch from it
+    compute_loss         line 15: DPO or ORPO on the drawn pairs
+    (Trainer)            line 16: the optimizer step
+    _SelfPlayCallback    line 17: the EMA, then the reference
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from components.common.chat_templates import EncodedRow, encode_rows
+from components.common.models import load_model, load_tokenizer
+from components.sapo import self_play
+from components.sapo.config import SAPOConfig
+from components.sapo.ema import EMA, copy_weights, frozen_copy
+from components.sapo.losses import PairLoss, dpo_loss, orpo_loss
+from components.sapo.pair_forward import Sequence, collate, response_logps
+from components.sapo.pair_log import PairLog
+from components.sapo.replay_buffer import Entry, ReplayBuffer
+from components.sapo.samplers import Sampler, SamplingSettings
+from components.sapo.samplers.hf import HFSampler
+from components.sapo.segments import Rejected
+
+
+class SAPOTrainer(Trainer):
+    """Trains a policy by self-play (arXiv 2405.20830).
+
+    Args:
+        model: the policy, or the directory of one. Load it in float32; mixed precision comes from `args`.
+        args: settings.
+        train_dataset: rows with `id`, `prompt` and `chosen` messages (TRL's conversational format), or tokenised rows
+            with `id`, `prompt_ids` and `chosen_ids`.
+        eval_dataset: held-out rows in the same form. B' is generated for them once, by the start model; what is
+            measured is how the policy's log-probs of those pairs move from the start.
+        processing_class: tokenizer with a chat template; read from `model` when that is a directory.
+        max_prompt_length: conversational rows with a longer prompt are dropped (tokens).
+        sampler: engine for B'; default is `transformers`' generate on the EMA (on-policy: on the policy).
+        callbacks: as in `Trainer`.
+
+    Attributes:
+        ema, buffer, reference, sampler: the parts of the method; `reference` is None for ORPO.
+    """
+
+    args: SAPOConfig
+    train_dataset: list[EncodedRow]
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        args: SAPOConfig,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        max_prompt_length: int = 1792,
+        sampler: Sampler | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        if isinstance(model, str):
+            processing_class = processing_class or load_tokenizer(model)
+            model = load_model(model, torch.float32)
+        if processing_class is None:
+            raise ValueError("processing_class: is needed when model is not a directory")
+        _disable_dropout(model)
+        # Copies are made before Trainer wraps the policy's forward: a later deepcopy would run the policy's weights.
+        self.ema = EMA(model, args.ema_decay)
+        self.reference = frozen_copy(model) if args.loss_type == "dpo" else None
+        train_rows = _tokenised(train_dataset, processing_class, max_prompt_length, args.max_length)
+        eval_rows = _tokenised(eval_dataset, processing_class, max_prompt_length, args.max_length)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows or None,
+            processing_class=processing_class,
+            callbacks=[_SelfPlayCallback(self), *(callbacks or [])],
+        )
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs; Trainer divides by the accumulation
+        self.ema.model.to(self.args.device)
+        if self.reference is not None:
+            self.reference.to(self.args.device)
+        self.stop_ids = _stop_ids(model, processing_class)
+        self.pad_id = int(processing_class.pad_token_id)
+        self.sampler = sampler or self._default_sampler()
+        self.buffer = ReplayBuffer(args.replay_buffer_size)
+        self.row_order = self_play.RowOrder(len(train_rows), self._rows_per_step(), args.seed)
+        self.pair_log = PairLog(Path(str(args.output_dir)) / "pairs.jsonl", processing_class)
+        self._held_out: _HeldOut | None = None
+        self._metrics: defaultdict[str, list[float]] = defaultdict(list)
+
+    def _rows_per_step(self) -> int:
+        """As many fresh rows as pairs are trained on: N of Algorithm 1."""
+        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+
+    def _default_sampler(self) -> Sampler:
+        settings = SamplingSettings(self.args.temperature, self.args.top_k, self.args.top_p, self.stop_ids)
+        model = self.model if self.args.on_policy else self.ema.model
+        return HFSampler(model, settings, self.pad_id, self.args.sampler_batch_size)  # type: ignore[arg-type]
+
+    # ---- The sampling stage, and the draw that opens the training stage -------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """A stand-in that only counts: batches come from the replay buffer, once per optimizer step."""
+        micro_batches = self.row_order.steps_per_epoch * self.args.gradient_accumulation_steps
+        return DataLoader(range(micro_batches), batch_size=None)  # type: ignore[arg-type]
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], None]:
+        step = self.state.global_step
+        with self._timed("sample"):
+            self._sample(step)
+        random = self_play.generator(self.args.seed, self_play.DRAWS, step)
+        size = self.args.per_device_train_batch_size
+        return [self._collate(self.buffer.draw(size, random)) for _ in range(num_batches)], None
+
+    def _sample(self, step: int) -> None:
+        random = self_play.generator(self.args.seed, self_play.SAMPLING, step)
+        rows = self.row_order.at(step)
+        entries = self_play.sample_entries(self.train_dataset, rows, self.sampler, self.args, random, step)
+        for entry in entries:
+            self.buffer.add(entry)
+        self._record_sampling(entries)
+
+    def _record_sampling(self, entries: list[Entry]) -> None:
+        for entry in entries:
+            b = self.train_dataset[entry.row]["chosen_ids"][entry.segment.start : entry.segment.end]
+            self._metrics["sampling/b_prime_length"].append(len(entry.replacement))
+            self._metrics["sampling/identical"].append(float(b == entry.replacement.tolist()))
+            self._metrics["sampling/ended"].append(float(not self.stop_ids.isdisjoint(entry.replacement.tolist())))
+
+    def _collate(self, drawn: list[tuple[int, Entry]]) -> dict[str, Any]:
+        """Chosen responses in the first half of the batch, rejected ones in the second."""
+        pairs = [_Pair(self.train_dataset[entry.row], entry, self._rejected(entry)) for _, entry in drawn]
+        batch = _collate_pairs(pairs, self.pad_id)
+        self._metrics["buffer/size"].append(len(self.buffer))
+        self._metrics["buffer/mean_count"].append(float(self.buffer.counts().mean()))
+        for _, entry in drawn:
+            self._metrics["buffer/age_steps"].append(self.state.global_step - entry.step)
+            self._metrics["buffer/age_versions"].append(self.sampler.version - entry.version)
+        return {**batch, "pairs": pairs}
+
+    def _rejected(self, entry: Entry) -> Rejected:
+        return self_play.rejected_response(self.train_dataset[entry.row], entry, self.args, self.stop_ids)
+
+    # ---- The training stage ---------------------------------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        with self._timed("train"):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor:
+        pairs = inputs.pop("pairs")
+        logps = response_logps(model, inputs)
+        loss = self._pair_loss(logps, inputs)
+        self._record_training(loss, logps.detach(), pairs, inputs)
+        return loss.losses.mean()
+
+    def _pair_loss(self, logps: Tensor, batch: dict[str, Tensor]) -> PairLoss:
+        """The loss of Eq. 1 or Eq. 3 from per-token log-probs, (2 * pairs, longest response)."""
+        if self.reference is None:
+            chosen, rejected = (logps.sum(dim=1) / batch["response_mask"].sum(dim=1)).chunk(2)
+            return orpo_loss(chosen, rejected, chosen_nll=-chosen, weight=self.args.orpo_lambda)
+        with torch.no_grad(), self.accelerator.autocast():
+            reference_chosen, reference_rejected = response_logps(self.reference, batch).sum(dim=1).chunk(2)
+        chosen, rejected = logps.sum(dim=1).chunk(2)
+        return dpo_loss(chosen, rejected, reference_chosen, reference_rejected, self.args.beta)
+
+    def _record_training(self, loss: PairLoss, logps: Tensor, pairs: list["_Pair"], batch: dict[str, Tensor]) -> None:
+        margins = loss.chosen_rewards - loss.rejected_rewards
+        chosen, rejected = logps.sum(dim=1).chunk(2)
+        b = _segment_sums(logps, [(p.entry.segment.start, p.entry.segment.end) for p in pairs], batch, first_row=0)
+        b_prime = _segment_sums(logps, [(p.rejected.start, p.rejected.end) for p in pairs], batch, len(pairs))
+        recorded = {
+            "rewards/chosen": loss.chosen_rewards,
+            "rewards/rejected": loss.rejected_rewards,
+            "rewards/margins": margins,
+            "rewards/accuracies": (margins > 0).float(),
+            "logps/chosen": chosen,
+            "logps/rejected": rejected,
+            "logps/b": b,
+            "logps/b_prime": b_prime,
+        }
+        for name, values in recorded.items():
+            self._metrics[name] += values.tolist()
+        step = self.state.global_step + 1  # as in the log entry that follows this step
+        if step % self.state.logging_steps == 0:
+            for i, pair in enumerate(pairs[: self.args.pairs_per_log]):
+                self.pair_log.write(step, pair.row, pair.entry, pair.rejected, b[i], b_prime[i])
+
+    # ---- After the optimizer step ---------------------------------------------------------------------------------
+
+    def after_step(self) -> None:
+        """Line 17: the EMA every `ema_interval` steps, then the reference at its own interval."""
+        step = self.state.global_step
+        with self._timed("ema"):
+            if step % self.args.ema_interval == 0:
+                self.ema.update(self._policy())
+                self.sampler.load(self.ema.model.named_parameters(), self.ema.version)
+            if self.reference is not None and self.args.reference != "fixed" and step % self._reference_interval() == 0:
+                source = self.ema.model if self.args.reference == "ema" else self._policy()
+                copy_weights(source, self.reference)
+
+    def _reference_interval(self) -> int:
+        interval = self.args.reference_interval
+        return self.row_order.steps_per_epoch if interval == "epoch" else int(interval)
+
+    def _policy(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model)
+
+    # ---- Held-out pairs -------------------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self.eval_dataset is not None and self._held_out is None:
+            self._held_out = self._make_held_out()
+        return super().train(*args, **kwargs)
+
+    def _make_held_out(self) -> "_HeldOut":
+        """Pairs from held-out rows and the start model, with its log-probs of them."""
+        rows: list[EncodedRow] = self.eval_dataset  # type: ignore[assignment]
+        random = self_play.generator(self.args.seed, self_play.HELD_OUT, 0)
+        entries = self_play.sample_entries(rows, list(range(len(rows))), self.sampler, self.args, random, step=0)
+        rejected = [self_play.rejected_response(rows[e.row], e, self.args, self.stop_ids) for e in entries]
+        pairs = [_Pair(rows[e.row], e, r) for e, r in zip(entries, rejected, strict=True)]
+        return _HeldOut(pairs, self._score(pairs))
+
+    @torch.no_grad()
+    def _score(self, pairs: list["_Pair"]) -> Tensor:
+        """The policy's log-probs of both responses, (2, pairs): sums for DPO, means per token for ORPO."""
+        model, scores = self._policy(), []
+        was_training = model.training
+        model.eval()
+        for low in range(0, len(pairs), self.args.per_device_eval_batch_size):
+            batch = _collate_pairs(pairs[low : low + self.args.per_device_eval_batch_size], self.pad_id)
+            batch = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
+            with self.accelerator.autocast():
+                logps = response_logps(model, batch).sum(dim=1)
+            if self.reference is None:
+                logps = logps / batch["response_mask"].sum(dim=1)
+            scores.append(torch.stack(logps.chunk(2)).cpu())
+        model.train(was_training)
+        return torch.cat(scores, dim=1)
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """How far the policy has moved from the start model on the held-out pairs.
+
+        Rewards are beta (lambda for ORPO) times the change of the log-prob since the start, so every run begins at a
+        margin of exactly 0, and a margin above 0 means that y+ gained on y-.
+        """
+        if self._held_out is None:
+            raise ValueError("eval_dataset: held-out rows are needed to evaluate")
+        now = self._score(self._held_out.pairs)
+        scale = self.args.beta if self.reference is not None else self.args.orpo_lambda
+        chosen, rejected = scale * (now - self._held_out.start_logps)
+        metrics = {
+            "rewards/chosen": chosen.mean(),
+            "rewards/rejected": rejected.mean(),
+            "rewards/margins": (chosen - rejected).mean(),
+            "rewards/accuracies": (chosen > rejected).float().mean(),
+            "logps/chosen": now[0].mean(),
+            "logps/rejected": now[1].mean(),
+        }
+        named = {f"{metric_key_prefix}_{name}": value.item() for name, value in metrics.items()}
+        self.log(dict(named))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
+        return named
+
+    # ---- Metrics --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._metrics[f"seconds/{part}"].append(time.perf_counter() - start)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means since the last entry to the trainer's own loss and learning rate."""
+        if "loss" in logs:
+            seconds = sum(sum(v) for name, v in self._metrics.items() if name.startswith("seconds/"))
+            logs["pairs_per_second"] = len(self._metrics["rewards/margins"]) / max(seconds, 1e-9)
+            logs |= {name: float(np.mean(values)) for name, values in self._metrics.items() if values}
+            self._metrics.clear()
+        super().log(logs, start_time)
+
+
+class _SelfPlayCallback(TrainerCallback):
+    """Calls the trainer back once per optimizer step, before anything is logged or saved."""
+
+    def __init__(self, trainer: SAPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.after_step()
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A row with an entry of the buffer and the rejected response they make."""
+
+    row: EncodedRow
+    entry: Entry
+    rejected: Rejected
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """Held-out pairs, and the start model's log-probs of both responses, (2, pairs)."""
+
+    pairs: list[_Pair]
+    start_logps: Tensor
+
+
+def _collate_pairs(pairs: list[_Pair], pad_id: int) -> dict[str, Tensor]:
+    chosen = [Sequence(pair.row["prompt_ids"], pair.row["chosen_ids"]) for pair in pairs]
+    rejected = [Sequence(pair.row["prompt_ids"], pair.rejected.ids) for pair in pairs]
+    return collate(chosen + rejected, pad_id)
+
+
+def _segment_sums(logps: Tensor, spans: list[tuple[int, int]], batch: Mapping[str, Tensor], first_row: int) -> Tensor:
+    """Sum of log-probs over a span of response tokens of each row, (spans,); responses end in the last column."""
+    width = logps.shape[1]
+    sums = []
+    for i, (start, end) in enumerate(spans, start=first_row):
+        first_column = width - int(batch["response_mask"][i].sum())
+        sums.append(logps[i, first_column + start : first_column + end].sum())
+    return torch.stack(sums)
+
+
+def _tokenised(
+    dataset: Any, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int, max_length: int
+) -> list[EncodedRow]:
+    rows = list(dataset) if dataset is not None else []
+    if not rows or "prompt_ids" in rows[0]:
+        return rows
+    return encode_rows(tokenizer, rows, min(max_prompt_length, max_length), max_length)[0]
+
+
+def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every token that ends a turn: the tokenizer's and the generation config's."""
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    listed = configured if isinstance(configured, list) else [configured]
+    return frozenset(int(i) for i in [tokenizer.eos_token_id, *listed] if i is not None)
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    """Both responses of a pair, and the reference, must see the same network.
+
+    Dropout modules and the plain numbers that attention layers keep (such as `attention_dropout`) are both set to 0.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for holder in (module, getattr(module, "config", None)):
+            for name in ("attention_dropout", "hidden_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"):
+                if isinstance(getattr(holder, name, None), float):
+                    setattr(holder, name, 0.0)

@@ -1,0 +1,1 @@
+"""sft: supervised fine-tuning on the responses, with TRL's SFTTrainer."""

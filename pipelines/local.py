@@ -1,0 +1,295 @@
+"""Runs a compiled package on this machine, without a cluster: every task is a process of the current environment.
+
+kfp.local walks the DAG, hands outputs over and reads the executor outputs. Its SubprocessRunner refuses container
+components, replaces the text "python3" in every argument, and mends neither null nor whole numbers in mappings; so
+`_hooked` replaces private names of kfp while a run lasts. `KFP_VERSION` is the release in which they are what this
+module expects. kfp's own messages go to `logs/kfp.log`.
+
+    <directory>/arguments.yaml                   what the run was given; works as a run file again
+    <directory>/outputs/<task>/<artifact>        what each task wrote
+    <directory>/logs/<task>.log                  what each task said
+"""
+
+import contextlib
+import functools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, TextIO
+
+import kfp
+import yaml
+from google.protobuf import json_format, struct_pb2
+from kfp import local
+from kfp.compiler import pipeline_spec_builder
+from kfp.local import (
+    executor_input_utils,
+    graph_utils,
+    pipeline_orchestrator,
+    status,
+    subprocess_task_handler,
+    task_dispatcher,
+)
+from kfp.pipeline_spec import pipeline_spec_pb2
+
+from components.common.errors import UserError
+from pipelines.package import Package
+
+KFP_VERSION = "2.17.0"
+GRACE_SECONDS = 20.0  # between SIGTERM and SIGKILL; a training stage finishes its step and saves
+_POLL_SECONDS = 0.05
+
+
+class RunError(Exception):
+    """A run failed. The message names the task, how it ended, and where its log is."""
+
+
+@dataclass
+class TaskRun:
+    """What became of one task: state "running", "done", "failed" or "interrupted"; seconds of wall clock."""
+
+    name: str
+    title: str
+    log: Path
+    state: str = "running"
+    seconds: float = 0.0
+    exit_code: int | None = None
+
+
+class LocalRun:
+    """One run of a package.
+
+    Args:
+        package: what to run.
+        directory: an empty directory for outputs and logs.
+        grace_seconds: how long an interrupted stage may take to end by itself.
+    """
+
+    def __init__(self, package: Package, directory: Path, grace_seconds: float = GRACE_SECONDS) -> None:
+        self.package = package
+        self.directory = directory
+        self.grace_seconds = grace_seconds
+        self.tasks: list[TaskRun] = []
+        self.current = ""  # name of the task that kfp.local is about to run
+        self._console: TextIO = sys.stdout
+        self._started = time.monotonic()
+        self._signals = 0
+
+    def execute(self, arguments: dict[str, Any]) -> None:
+        """Runs all tasks, streaming what they say.
+
+        Raises:
+            UserError: the installed kfp is not the one whose internals this module knows.
+            RunError: a task failed.
+            KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP came; no process of the run is left.
+        """
+        _require_kfp_version()
+        logs = self.directory / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(arguments, sort_keys=False, allow_unicode=True)
+        (self.directory / "arguments.yaml").write_text(text, encoding="utf-8")
+        with (
+            (logs / "kfp.log").open("w", encoding="utf-8", buffering=1) as kfp_log,
+            contextlib.redirect_stdout(kfp_log),
+            warnings.catch_warnings(action="ignore"),
+            self._signals_counted(),
+            _hooked(self),
+        ):
+            self._walk(arguments, kfp_log)
+        if self._signals:
+            raise KeyboardInterrupt
+
+    def _walk(self, arguments: dict[str, Any], kfp_log: IO[str]) -> None:
+        local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(self.directory))
+        try:
+            # Not `load_component_from_file`: it takes component `comp-sapo` for the whole of a pipeline named sapo.
+            spec = json_format.ParseDict(self.package.spec, pipeline_spec_pb2.PipelineSpec())
+            pipeline_orchestrator.run_local_pipeline(spec, arguments)
+        except Exception as error:  # kfp raises all sorts; which task failed is known here
+            traceback.print_exc(file=kfp_log)
+            raise RunError(self._failure(error)) from error
+
+    def _failure(self, error: Exception) -> str:
+        failed = next((task for task in reversed(self.tasks) if task.state == "failed"), None)
+        if failed is None or failed.exit_code is None:
+            return f"kfp.local could not go on: {error}; its log: {self.directory / 'logs' / 'kfp.log'}"
+        code = failed.exit_code
+        how = f"failed with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+        return f"task {failed.name} ({failed.title}) {how}; its log: {failed.log}"
+
+    def run_task(self, command: list[str], env_vars: dict[str, str]) -> int:
+        """Runs one task to its end and returns the exit code of its process."""
+        if self._signals:
+            raise KeyboardInterrupt
+        title = self.package.tasks.get(self.current, self.current)
+        task = TaskRun(self.current, title, self.directory / "logs" / f"{self.current}.log")
+        self.tasks.append(task)
+        place = f"[{len({t.name for t in self.tasks})}/{len(self.package.tasks)}]"
+        elapsed = time.monotonic() - self._started
+        self._say(f"{place} {task.name}: {title} (after {duration(elapsed)}, log {task.log})")
+        started = time.monotonic()
+        task.exit_code = self._run_process(task, command, env_vars)
+        task.seconds = time.monotonic() - started
+        task.state = "interrupted" if self._signals else "failed" if task.exit_code else "done"
+        if self._signals:
+            raise KeyboardInterrupt
+        return task.exit_code
+
+    def _run_process(self, task: TaskRun, command: list[str], env_vars: dict[str, str]) -> int:
+        # Its own session: a terminal's Ctrl-C reaches only us, and the whole tree of a stage can be stopped at once.
+        try:
+            process = subprocess.Popen(
+                [sys.executable if command[0] == "python3" else command[0], *command[1:]],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                encoding="utf-8",
+                errors="replace",
+                env={"TOKENIZERS_PARALLELISM": "false", **os.environ, "PYTHONUNBUFFERED": "1", **env_vars},
+                start_new_session=True,
+            )
+        except OSError as error:
+            task.log.write_text(f"cannot start {command[0]}: {error.strerror}\n", encoding="utf-8")
+            return 127  # what a shell says of a command it cannot find
+        reader = threading.Thread(target=self._stream, args=(task, process.stdout), daemon=True)
+        reader.start()
+        self._wait(task, process)
+        _signal_group(process.pid, signal.SIGKILL)  # what the stage left behind, as the end of a container would
+        reader.join(timeout=5)
+        return process.returncode
+
+    def _wait(self, task: TaskRun, process: "subprocess.Popen[str]") -> None:
+        deadline = None
+        while process.poll() is None:
+            if self._signals and deadline is None:
+                deadline = time.monotonic() + self.grace_seconds
+                self._say(f"stopping {task.name}; Ctrl-C again, or {duration(self.grace_seconds)}, kills it")
+                _signal_group(process.pid, signal.SIGTERM)
+            elif deadline is not None and (self._signals > 1 or time.monotonic() > deadline):
+                _signal_group(process.pid, signal.SIGKILL)
+            time.sleep(_POLL_SECONDS)
+
+    def _stream(self, task: TaskRun, pipe: IO[str]) -> None:
+        with task.log.open("a", encoding="utf-8") as log:
+            for line in pipe:
+                log.write(line)
+                log.flush()
+                self._say(f"[{task.name}] {line.rstrip()}")
+
+    def _say(self, text: str) -> None:
+        """Writes a line to the standard output as it was before kfp.local's own was led into a file."""
+        with contextlib.suppress(BrokenPipeError):  # `| head` ends the reader, not the run
+            self._console.write(text + "\n")
+            self._console.flush()
+
+    @contextlib.contextmanager
+    def _signals_counted(self) -> Iterator[None]:
+        """Counts signals instead of raising, so that none can hit between starting a process and knowing it."""
+
+        def count(*_: object) -> None:
+            self._signals += 1
+
+        before = {number: signal.signal(number, count) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def table(self) -> str:
+        """The tasks with state, duration and log, those that never started last."""
+        rows = [(task.name, task.title, task.state, duration(task.seconds), str(task.log)) for task in self.tasks]
+        ran = {task.name for task in self.tasks}
+        rows += [(name, title, "not run", "", "") for name, title in self.package.tasks.items() if name not in ran]
+        rows.insert(0, ("task", "", "state", "time", "log"))
+        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+        return "\n".join(line.rstrip() for line in lines)
+
+    def times(self) -> str:
+        """One line: how long the run and each task took."""
+        each = ", ".join(f"{task.name} {duration(task.seconds)}" for task in self.tasks)
+        return f"{len(self.tasks)} tasks in {duration(time.monotonic() - self._started)}: {each}"
+
+
+class _TaskHandler:
+    """Stands in for kfp.local's SubprocessTaskHandler, with the arguments and the `run` that kfp.local uses."""
+
+    def __init__(self, run: LocalRun, full_command: list[str], env_vars: dict[str, str] | None, **_: Any) -> None:
+        self._run, self._command, self._env_vars = run, full_command, env_vars or {}
+
+    def run(self) -> status.Status:
+        succeeded = self._run.run_task(self._command, self._env_vars) == 0
+        return status.Status.SUCCESS if succeeded else status.Status.FAILURE
+
+
+@contextlib.contextmanager
+def _hooked(run: LocalRun) -> Iterator[None]:
+    """Gives kfp.local what it lacks: container components as processes, and mappings as a cluster passes them on."""
+    run_single_task = task_dispatcher.run_single_task_implementation
+    to_protobuf = pipeline_spec_builder.to_protobuf_value
+    to_dict = executor_input_utils.executor_input_to_dict
+    sort_tasks = graph_utils.topological_sort_tasks
+
+    def run_named_task(**arguments: Any) -> Any:
+        run.current = arguments["component_name"].removeprefix("comp-")
+        return run_single_task(**arguments)
+
+    def to_protobuf_or_null(value: Any) -> struct_pb2.Value:
+        return struct_pb2.Value(null_value="NULL_VALUE") if value is None else to_protobuf(value)
+
+    hooks: list[tuple[Any, str, Any]] = [
+        (task_dispatcher, "run_single_task_implementation", run_named_task),
+        (subprocess_task_handler, "SubprocessTaskHandler", functools.partial(_TaskHandler, run)),
+        (executor_input_utils, "get_local_pipeline_resource_name", lambda _: "outputs"),
+        (executor_input_utils, "executor_input_to_dict", lambda *args, **kw: _whole_numbers(to_dict(*args, **kw))),
+        (pipeline_spec_builder, "to_protobuf_value", to_protobuf_or_null),
+        # The order of a protobuf map differs between processes; with names sorted, every run takes the same order.
+        (graph_utils, "topological_sort_tasks", lambda tasks: sort_tasks(dict(sorted(tasks.items())))),
+    ]
+    originals = [(module, name, getattr(module, name)) for module, name, _ in hooks]
+    try:
+        for module, name, replacement in hooks:
+            setattr(module, name, replacement)
+        yield
+    finally:
+        for module, name, original in originals:
+            setattr(module, name, original)
+
+
+def _whole_numbers(value: Any) -> Any:
+    """3.0 as 3, at any depth: protobuf knows floats only, and a cluster writes whole ones without a point."""
+    if isinstance(value, dict):
+        return {key: _whole_numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_whole_numbers(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _require_kfp_version() -> None:
+    if kfp.__version__ != KFP_VERSION:
+        raise UserError(
+            f"local runs are written for the internals of kfp {KFP_VERSION}, installed is {kfp.__version__}; "
+            f"run: pip install kfp=={KFP_VERSION}"
+        )
+
+
+def _signal_group(group: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS says the latter of a group that has ended
+        os.killpg(group, number)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: "2.1 s", "3 min 12 s", "2 h 5 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,181 @@
+"""The stages as KFP container components: image, command and flags of each `python -m components.X`.
+
+A component says where files go; everything else is the stage's own business and reaches it as `recipe` (the name of one
+that ships with the stage, or a path) and `settings` (a mapping laid over the recipe). `{{$}}` becomes KFP's executor
+input, through which a stage reports its metrics; a `Metrics` output therefore has no flag.
+"""
+
+from typing import Any
+
+from kfp import dsl
+from kfp.dsl import HTML, Artifact, Dataset, Input, Markdown, Metrics, Model, Output
+
+from pipelines.cluster import image
+
+
+def _stage(name: str, settings: dict, *flags: Any, recipe: str | None = None) -> dsl.ContainerSpec:
+    # `python3`, because kfp.local knows that word as "the running interpreter".
+    config = [] if recipe is None else ["--config", recipe]
+    return dsl.ContainerSpec(
+        image=image(name),
+        command=["python3", "-m", f"components.{name}"],
+        args=["--executor_input", "{{$}}", *config, "--settings", settings, *flags],
+    )
+
+
+def _list(*artifacts: Artifact) -> str:
+    """Paths of artifacts as a YAML list; quoted, because a local path may hold a comma or a space."""
+    return "[" + ", ".join(f'"{artifact.path}"' for artifact in artifacts) + "]"
+
+
+@dsl.container_component
+def data(recipe: str, settings: dict, data: Output[Dataset], rejected_rows: Output[Markdown]) -> dsl.ContainerSpec:
+    """Reads any source and writes validated conversations, split into train and test.
+
+    Args:
+        recipe: Recipe of the data stage: a name such as `chitchat-tiny`, or a path.
+        settings: Settings laid over the recipe, such as {"source": "hf://owner/name"}.
+
+    Returns:
+        data: Directory with train.jsonl, test.jsonl and statistics.json.
+        rejected_rows: Which rows of the source were left out, and why.
+    """
+    return _stage("data", settings, "--output", data.path, "--report_file", rejected_rows.path, recipe=recipe)
+
+
+@dsl.container_component
+def model(data: Input[Dataset], recipe: str, settings: dict, model: Output[Model]) -> dsl.ContainerSpec:
+    """Turns any source into one Hugging Face directory with its chat template in place.
+
+    Args:
+        data: Conversations; a model from scratch trains its tokenizer on them.
+        recipe: Recipe of the model stage: a name such as `tiny`, or a path.
+        settings: Settings laid over the recipe, such as {"source": "hf://owner/name"}.
+
+    Returns:
+        model: Hugging Face directory.
+    """
+    return _stage("model", settings, "--data", data.path, "--output", model.path, recipe=recipe)
+
+
+@dsl.container_component
+def sft(
+    data: Input[Dataset],
+    model: Input[Model],
+    recipe: str,
+    settings: dict,
+    tuned: Output[Model],
+    training_log: Output[Artifact],
+    metrics: Output[Metrics],
+) -> dsl.ContainerSpec:
+    """Supervised fine-tuning on the chosen responses.
+
+    Args:
+        data: Conversations.
+        model: Model to start from.
+        recipe: Recipe of the sft stage: a name such as `tiny`, or a path.
+        settings: Settings laid over the recipe, such as {"max_steps": 100}.
+
+    Returns:
+        tuned: The fine-tuned model, a Hugging Face directory.
+        training_log: Summary and history of the training.
+        metrics: Its last values.
+    """
+    inputs = ("--data", data.path, "--model", model.path)
+    return _stage("sft", settings, *inputs, "--output", tuned.path, "--training_log", training_log.path, recipe=recipe)
+
+
+@dsl.container_component
+def sapo(
+    data: Input[Dataset],
+    model: Input[Model],
+    name: str,
+    recipe: str,
+    settings: dict,
+    aligned: Output[Model],
+    training_log: Output[Artifact],
+    metrics: Output[Metrics],
+) -> dsl.ContainerSpec:
+    """Self-Augmented Preference Optimization: the model makes its own rejected segments while it trains.
+
+    Args:
+        data: Conversations; only the chosen responses are used.
+        model: Model to start from.
+        name: What the report calls this run.
+        recipe: Recipe of the sapo stage: a name such as `tiny-dpo`, or a path.
+        settings: Settings laid over the recipe, such as {"segment_length": 128}.
+
+    Returns:
+        aligned: The aligned model, a Hugging Face directory.
+        training_log: Summary and history of the training, and the pairs it was trained on.
+        metrics: Its last values.
+    """
+    inputs = ("--data", data.path, "--model", model.path, "--name", name)
+    outputs = ("--output", aligned.path, "--training_log", training_log.path)
+    return _stage("sapo", settings, *inputs, *outputs, recipe=recipe)
+
+
+@dsl.container_component
+def evaluation(
+    data: Input[Dataset],
+    model: Input[Model],
+    name: str,
+    recipe: str,
+    settings: dict,
+    results: Output[Artifact],
+    metrics: Output[Metrics],
+) -> dsl.ContainerSpec:
+    """Measures a model on held-out conversations and on the benchmarks of its recipe.
+
+    Args:
+        data: Conversations; the test split is the held-out one.
+        model: Model to measure.
+        name: What the report calls this model.
+        recipe: Recipe of the evaluation stage: a name such as `held-out-tiny`, or a path.
+        settings: Settings laid over the recipe, such as {"seed": 1}.
+
+    Returns:
+        results: Directory with results.json and samples.jsonl.
+        metrics: The same numbers for the UI's comparison of runs.
+    """
+    inputs = ("--data", data.path, "--model", model.path, "--name", name)
+    return _stage("evaluation", settings, *inputs, "--output", results.path, recipe=recipe)
+
+
+@dsl.container_component
+def report(
+    base: Input[Artifact],
+    sft: Input[Artifact],
+    sapo_dpo: Input[Artifact],
+    sapo_orpo: Input[Artifact],
+    sft_training: Input[Artifact],
+    sapo_dpo_training: Input[Artifact],
+    sapo_orpo_training: Input[Artifact],
+    settings: dict,
+    report: Output[Artifact],
+    html: Output[HTML],
+    markdown: Output[Markdown],
+    metrics: Output[Metrics],
+) -> dsl.ContainerSpec:
+    """Compares the models in one self-contained page.
+
+    Args:
+        base: Results of the untrained model.
+        sft: Results of the fine-tuned model.
+        sapo_dpo: Results of SAPO with the DPO loss.
+        sapo_orpo: Results of SAPO with the ORPO loss.
+        sft_training: Training log of the fine-tuning.
+        sapo_dpo_training: Training log of SAPO with the DPO loss.
+        sapo_orpo_training: Training log of SAPO with the ORPO loss.
+        settings: Settings of the report stage, such as {"title": "..."}.
+
+    Returns:
+        report: Directory with report.html and report.md.
+        html: The page, shown by the UI.
+        markdown: The tables, shown by the UI.
+        metrics: The main numbers of every model.
+    """
+    evaluations = _list(base, sft, sapo_dpo, sapo_orpo)
+    trainings = _list(sft_training, sapo_dpo_training, sapo_orpo_training)
+    outputs = ("--output", report.path, "--html_file", html.path, "--markdown_file", markdown.path)
+    return _stage("report", settings, "--evaluations", evaluations, "--trainings", trainings, *outputs)

@@ -1,0 +1,126 @@
+"""Arguments of a run against the parameters that a compiled package declares."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from components.common.errors import UserError
+from pipelines.package import COMPILED, Package, read_package, run_arguments
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def package(fake_package: Path) -> Package:
+    return read_package(str(fake_package))
+
+
+def _run_file(tmp_path: Path, content: Any) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def test_package_tells_tasks_and_parameters(package: Package) -> None:
+    assert package.name == "fake"
+    assert package.tasks == {"first": "The first", "second": "The second", "second-2": "The third"}
+    steps, text = package.parameters["steps"], package.parameters["text"]
+    assert (steps.type, steps.required, steps.description) == ("NUMBER_INTEGER", True, "How many.")
+    assert (text.type, text.required, text.default) == ("STRING", False, "a")
+
+
+def test_set_wins_over_the_run_file_and_keeps_other_keys(package: Package, tmp_path: Path) -> None:
+    run_file = _run_file(tmp_path, {"steps": 1, "one": {"a": 1, "b": 2}})
+    assignments = ["steps=7", "one.b=1.5", "one.c=[1, x]", "text=3", "two={say: hi}"]
+    assert run_arguments(package, run_file, assignments) == {
+        "steps": 7,
+        "one": {"a": 1, "b": 1.5, "c": [1, "x"]},
+        "text": "3",
+        "two": {"say": "hi"},
+    }
+
+
+def test_a_default_is_not_changed_by_set(package: Package) -> None:
+    run_arguments(package, None, ["steps=1", "one.a=1"])
+    assert package.parameters["one"].default == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"stepz": 1},
+            "unknown parameter 'stepz' of pipeline fake; did you mean 'steps'? It takes: one, rate, ",
+        ),
+        ({"zzzzzz": 1}, "unknown parameter 'zzzzzz' of pipeline fake; It takes: one, rate, steps, text, three, two"),
+        ({"steps": "many"}, "steps = 'many' is str, must be a whole number"),
+        ({"steps": 1.5}, "steps = 1.5 is float, must be a whole number"),
+        ({"steps": True}, "steps = True is bool, must be a whole number"),
+        ({"steps": 1, "rate": "fast"}, "rate = 'fast' is str, must be a number"),
+        ({"steps": 1, "text": 5}, "text = 5 is int, must be text"),
+        ({"steps": 1, "one": [1]}, "one = [1] is list, must be a mapping"),
+        ({"steps": 1, "one": None}, "one = None is NoneType, must be a mapping"),
+        ({"steps": 1, "one": {1: "a"}}, "one = {1: 'a'} holds a key that is not text; put it in quotes"),
+        ({"steps": 1, "one": {"a": float("inf")}}, "one holds a value that JSON has not: "),
+        ({"text": "a"}, "pipeline fake: parameter 'steps' is required: How many."),
+    ],
+)
+def test_wrong_run_file_is_one_clear_line(package: Package, tmp_path: Path, content: Any, message: str) -> None:
+    run_file = _run_file(tmp_path, content)
+    with pytest.raises(UserError) as error:
+        run_arguments(package, run_file, [])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "required" in message or str(error.value).startswith(f"{run_file}: ")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("steps", "--set steps: must be key=value"),
+        ("stepz=1", "--set stepz=1: unknown parameter 'stepz'"),
+        ("steps=x", "--set steps=x: steps = 'x' is str, must be a whole number"),
+        ("steps.a=1", "--set steps.a=1: steps is a whole number, it has no key 'a'"),
+        ("one={a", "--set one={a: the value is not valid YAML or JSON: "),
+    ],
+)
+def test_wrong_assignment_is_one_clear_line(package: Package, assignment: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        run_arguments(package, None, [assignment])
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_wrong_parameter_ends_the_command_before_anything_is_written(
+    fake_package: Path, tmp_path: Path, run_cli: Cli
+) -> None:
+    code, out, err = run_cli("run", fake_package, "--set", "stepz=1", "--output", tmp_path / "run")
+    assert (code, out) == (2, "")
+    assert err.startswith("pipelines: error: --set stepz=1: unknown parameter 'stepz'")
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_or_broken_package_and_run_file(fake_package: Path, tmp_path: Path, run_cli: Cli) -> None:
+    code, _, err = run_cli("run", "sapoo")
+    assert code == 2
+    assert err == "pipelines: error: no pipeline 'sapoo'; there are: sapo, or give a package's path\n"
+    (tmp_path / "other.yaml").write_text("a: 1")
+    code, _, err = run_cli("run", tmp_path / "other.yaml")
+    assert code == 2
+    assert "other.yaml: not a compiled pipeline; make one with `python -m pipelines compile`" in err
+    code, _, err = run_cli("run", fake_package, "--run", tmp_path / "none.yaml")
+    assert code == 2
+    assert "none.yaml: cannot be read: No such file or directory" in err
+
+
+def test_help_lists_every_parameter(run_cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        run_cli("run", "--help")
+    text = capsys.readouterr().out
+    assert end.value.code == 0
+    for path in COMPILED.glob("*.yaml"):
+        for name in read_package(str(path)).parameters:
+            assert f"  {name} (" in text
