@@ -46,6 +46,15 @@ from pipelines.package import Package
 KFP_VERSION = "2.17.0"
 GRACE_SECONDS = 20.0  # between SIGTERM and SIGKILL; a training stage finishes its step and saves
 _POLL_SECONDS = 0.05
+# What makes stages fast on a CPU; a variable that is already set wins. glibc gives big blocks back to the system as soon
+# as they are freed, and the page faults of taking them again cost a quarter of a training step (measured: 40 s -> 30 s).
+# OpenMP threads that spin while waiting slow a stage down many times when anything else needs a core; passive ones do not.
+STAGE_ENVIRONMENT = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "OMP_WAIT_POLICY": "passive",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 
 class RunError(Exception):
@@ -153,7 +162,7 @@ class LocalRun:
                 stderr=subprocess.STDOUT,
                 encoding="utf-8",
                 errors="replace",
-                env={"TOKENIZERS_PARALLELISM": "false", **os.environ, "PYTHONUNBUFFERED": "1", **env_vars},
+                env={**STAGE_ENVIRONMENT, **os.environ, "PYTHONUNBUFFERED": "1", **env_vars},
                 start_new_session=True,
             )
         except OSError as error:

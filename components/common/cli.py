@@ -153,7 +153,7 @@ class ConfigParser:
         own: dict[str, list[str]] = {}
         inherited: dict[str, list[str]] = {}
         for config_class in self.config_classes:
-            for field in dataclasses.fields(config_class):
+            for field in sorted(dataclasses.fields(config_class), key=lambda f: _place(config_class, f.name)):
                 if self.fields.get(field.name) is not field:
                     continue
                 owner = _owner(config_class, field.name)
@@ -187,6 +187,11 @@ def _members(hint: Any) -> tuple[Any, ...]:
 def _owner(config_class: type, name: str) -> type:
     """The class that last (re)defined a field."""
     return next(c for c in config_class.__mro__ if name in inspect.get_annotations(c))
+
+
+def _place(config_class: type, name: str) -> int:
+    """Where a field stands in its owner, so that `--help` lists settings as the class does, overridden ones too."""
+    return list(inspect.get_annotations(_owner(config_class, name))).index(name)
 
 
 def _type_name(hint: Any) -> str:
@@ -298,3 +303,6 @@ def run_stage(main: Callable[[Sequence[str]], None]) -> None:
     except KeyboardInterrupt:
         print(f"{stage}: interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # `--help | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

@@ -78,6 +78,14 @@ def show_progress(trainer: Trainer, description: str) -> None:
     trainer.add_callback(TrainingProgress(description))
 
 
+def final_evaluation(trainer: Trainer) -> dict[str, float]:
+    """Metrics on the held-out rows at the end of training; the last ones where the last step was evaluated already."""
+    for entry in reversed(trainer.state.log_history):
+        if entry["step"] == trainer.state.global_step and any(name.startswith("eval_") for name in entry):
+            return {name: value for name, value in entry.items() if name.startswith("eval_")}
+    return trainer.evaluate()
+
+
 def stage_arguments(log_directory: Path) -> dict[str, Any]:
     """Trainer arguments that a stage sets itself, and the place of TensorBoard's files."""
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(log_directory / "tensorboard")

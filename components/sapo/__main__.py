@@ -50,14 +50,14 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _train(model: Any, tokenizer: Any, train: Any, evaluation: Any, args: Any) -> tuple[Any, dict[str, float]]:
-    from components.common.training import show_progress
+    from components.common.training import final_evaluation, show_progress
     from components.sapo.trainer import SAPOTrainer
 
     trainer = SAPOTrainer(model, args, train, evaluation, processing_class=tokenizer)
     show_progress(trainer, f"sapo-{args.loss_type}")
     summary = trainer.train().metrics
     if evaluation is not None:
-        summary |= trainer.evaluate()
+        summary |= final_evaluation(trainer)
     return trainer, summary
 
 

@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM
 
 from components.common.chat_templates import EncodedRow
@@ -48,5 +47,5 @@ def _memory_lines(rows: list[EncodedRow], model_config: Any, args: SAPOConfig) -
 
 def _parameters(model_config: Any) -> int:
     """Parameter count of an architecture, without memory for it."""
-    with init_empty_weights(), torch.no_grad():
+    with torch.device("meta"):
         return AutoModelForCausalLM.from_config(model_config).num_parameters()

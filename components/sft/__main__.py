@@ -20,12 +20,11 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str]) -> None:
-    from trl import SFTConfig
-
     from components.common.models import load_model, load_tokenizer
     from components.common.training import HIDDEN, TrainingStageConfig, stage_arguments
+    from components.sft.config import SFTSettings
 
-    parser = ConfigParser("sft", [TrainingStageConfig, SFTConfig], hidden=HIDDEN)
+    parser = ConfigParser("sft", [TrainingStageConfig, SFTSettings], hidden=HIDDEN)
     if {"-h", "--help"} & set(argv):
         print(parser.help(__doc__ or ""))
         return
@@ -74,13 +73,13 @@ def _steps(rows: int, args: Any) -> int:
 def _train(model: Any, tokenizer: Any, train: Any, evaluation: Any, args: Any) -> tuple[Any, dict[str, float]]:
     from trl import SFTTrainer
 
-    from components.common.training import show_progress
+    from components.common.training import final_evaluation, show_progress
 
     trainer = SFTTrainer(model, args, train_dataset=train, eval_dataset=evaluation, processing_class=tokenizer)
     show_progress(trainer, "sft")
     summary = trainer.train().metrics
     if evaluation is not None:
-        summary |= trainer.evaluate()
+        summary |= final_evaluation(trainer)
     return trainer, summary
 
 

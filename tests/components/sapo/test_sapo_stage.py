@@ -1,0 +1,123 @@
+"""The SAPO stage as a command: outputs, dry run, wrong input, shipped recipes."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from components.common.cli import ConfigParser, find_recipe, recipe_names
+from components.common.errors import UserError
+from components.common.models import load_model, load_tokenizer
+from components.common.training import HIDDEN, TrainingStageConfig
+from components.sapo.__main__ import main
+from components.sapo.config import SAPOConfig
+
+SETTINGS = ["--max_steps", "4", "--max_length", "96", "--segment_length", "6", "--max_new_tokens", "6"]
+SETTINGS += [
+    "--per_device_train_batch_size",
+    "4",
+    "--logging_steps",
+    "1",
+    "--eval_rows",
+    "8",
+    "--report_to",
+    "tensorboard",
+]
+
+
+def flags(**named: object) -> list[str]:
+    return [part for name, value in named.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module", params=["dpo", "orpo"])
+def trained(request, tmp_path_factory, chat_data, micro_model):
+    directory = tmp_path_factory.mktemp("sapo")
+    places = flags(data=chat_data, model=micro_model, output=directory / "out", training_log=directory / "log")
+    main([*places, "--loss_type", request.param, *SETTINGS])
+    return directory
+
+
+def test_output_is_a_plain_model_that_has_changed(trained, micro_model):
+    after, before = (load_model(str(d), torch.float32).state_dict() for d in (trained / "out", micro_model))
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+    load_tokenizer(str(trained / "out"))
+    assert not list(trained.rglob("*.bin"))  # no pickle
+
+
+def test_training_log_has_curves_pairs_summary_and_tensorboard(trained):
+    log = trained / "log"
+    assert {"log_history.jsonl", "pairs.jsonl", "summary.json", "tensorboard"} <= {p.name for p in log.iterdir()}
+    summary = json.loads((log / "summary.json").read_text())
+    assert summary["name"] in ("sapo-dpo", "sapo-orpo")
+    assert list((log / "tensorboard").rglob("events.out.tfevents*"))
+
+
+def test_generation_still_stops_at_every_end_of_turn(trained, micro_model):
+    after, before = (load_model(str(d)).generation_config.eos_token_id for d in (trained / "out", micro_model))
+    assert set(before) <= set(after)
+
+
+def test_dry_run_prints_steps_tokens_and_memory_and_writes_nothing(tmp_path, chat_data, micro_model, capsys):
+    places = flags(data=chat_data, model=micro_model, output=tmp_path / "out")
+    main([*places, *SETTINGS[2:], "--num_train_epochs", "2", "--dry_run"])
+    plan = capsys.readouterr().out
+    assert "steps: 24 (12 an epoch), 4 rows in and 4 pairs out of each" in plan
+    assert "at most 24 generated" in plan
+    parameters = sum(p.numel() for p in load_model(str(micro_model)).parameters())
+    assert f"memory: {parameters / 1e6:,.1f}M parameters" in plan
+    assert not (tmp_path / "out").exists()
+
+
+def untemplated(micro_model, tmp_path):
+    copy = tmp_path / "untemplated"
+    shutil.copytree(micro_model, copy)
+    (copy / "chat_template.jinja").unlink()
+    return copy
+
+
+def test_model_without_a_chat_template(tmp_path, chat_data, micro_model):
+    model = untemplated(micro_model, tmp_path)
+    with pytest.raises(UserError, match="has no chat template; run the model stage with --chat_template chatml"):
+        main(flags(data=chat_data, model=model, output=tmp_path / "out"))
+
+
+def test_empty_data_set(tmp_path, micro_model):
+    (tmp_path / "train.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"train\.jsonl: holds no row"):
+        main(flags(data=tmp_path, model=micro_model, output=tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": "nowhere"}, "no such file; --data must be"),
+        ({"model": "nowhere"}, "--model nowhere: no such file or directory"),
+        ({"max_prompt_length": 2}, "every prompt has 2 tokens or more; raise max_prompt_length"),
+        ({"segment_length": 0}, "segment_length = 0: must be 1 or more"),
+        ({"ema_decay": 2}, r"ema_decay = 2.0: must be within \[0, 1\]"),
+        ({"loss_type": "ipo"}, "loss_type = 'ipo' is not valid: .*'dpo' or 'orpo'"),
+        ({"settings": '{"emadecay": 1}'}, "--settings: unknown setting 'emadecay'; did you mean 'ema_decay'"),
+        ({"output_dir": "x"}, "unknown argument '--output_dir'"),
+    ],
+)
+def test_wrong_input(change, message, tmp_path, chat_data, micro_model):
+    places = {"data": chat_data, "model": micro_model, "output": tmp_path / "out"} | change
+    with pytest.raises(UserError, match=message):
+        main(flags(**places))
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_that_is_not_empty(tmp_path, chat_data, micro_model):
+    (tmp_path / "precious").write_text("x")
+    with pytest.raises(UserError, match="is not empty; give another directory, or --overwrite"):
+        main(flags(data=chat_data, model=micro_model, output=tmp_path))
+
+
+@pytest.mark.parametrize("recipe", recipe_names("sapo"))
+def test_shipped_recipes_load_and_open_with_their_command(recipe):
+    parser = ConfigParser("sapo", [TrainingStageConfig, SAPOConfig], hidden=HIDDEN)
+    _, args = parser.parse(["--config", recipe, *flags(data="d", model="m", output="o")])
+    assert f"-{args.loss_type}" in recipe
+    text = find_recipe("sapo", recipe).read_text()
+    assert f"python -m components.sapo --config {recipe} " in text.split("\n\n")[0]
