@@ -72,7 +72,7 @@ class SAPOConfig(TrainingArguments):
     per_device_train_batch_size: int = setting(8, "Pairs of a micro-batch on each device.", "not given; 8 on 8 GPUs")
     seed: int = setting(42, "Seed of everything random.", "not given; 42 in the authors' code")
     save_strategy: str = setting("no", "When to save checkpoints.")
-    report_to: str | list[str] | None = setting("tensorboard", "Where curves go: tensorboard, wandb, mlflow, none.")
+    report_to: str | list[str] = setting("tensorboard", "Where curves go: tensorboard, wandb, mlflow, none.")
     logging_steps: float = setting(10, "Optimizer steps between log entries.")
 
     def __post_init__(self) -> None:

@@ -18,10 +18,12 @@ class SFTSettings(SFTConfig):
     num_train_epochs: float = setting(3.0, "Passes over the rows.", "3")
     max_length: int | None = setting(2048, "Tokens of prompt + response; a longer response is cut.", "2048")
     per_device_train_batch_size: int = setting(8, "Rows of a micro-batch on each device.", "not given; 128 in all")
-    bf16: bool | None = setting(None, "Mixed precision in bfloat16; `none` means where there is a GPU.")
+    bf16: bool | None = setting(  # type: ignore[assignment]
+        None, "Mixed precision in bfloat16; `none` means where there is a GPU."
+    )
     gradient_checkpointing: bool = setting(False, "Recompute activations in backward: less memory, more time.")
     save_strategy: str = setting("no", "When to save checkpoints.")
-    report_to: str | list[str] | None = setting("tensorboard", "Where curves go: tensorboard, wandb, mlflow, none.")
+    report_to: str | list[str] = setting("tensorboard", "Where curves go: tensorboard, wandb, mlflow, none.")
     seed: int = setting(42, "Seed of everything random.")
 
     def __post_init__(self) -> None:
