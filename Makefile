@@ -1,7 +1,8 @@
 # Every target sets up what it needs; nothing but Python 3.11 or newer has to be there first.
-#   make demo    the whole DAG on real text, in minutes on two CPU cores; opens with `make demo RUN=pipelines/runs/smollm2.yaml` on a real model
+#   make demo    the whole DAG on real text, in minutes on two CPU cores (RUN=pipelines/runs/smollm2.yaml for a real model)
 #   make test    lint, types and every test
 #   make check   lint, format and types only
+#   make bench   speed against peers in the same run (BENCH=--quick for a short one)
 #   make compile the packages to upload in the Kubeflow UI
 
 PYTHON ?= python3
@@ -9,9 +10,9 @@ VENV ?= .venv
 RUN ?= pipelines/runs/tiny.yaml
 # On Linux without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves gigabytes of CUDA libraries.
 TORCH_INDEX ?=
-INSTALL = $(VENV)/bin/python -m pip install --quiet --constraint docker/constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+INSTALL = $(VENV)/bin/python -m pip install -qq --constraint docker/constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-fast check format compile clean
+.PHONY: demo test test-fast check format bench compile clean
 
 demo: $(VENV)/all
 	$(VENV)/bin/python -m pipelines run sapo --run $(RUN)
@@ -31,6 +32,9 @@ check: $(VENV)/dev
 format: $(VENV)/dev
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+bench: $(VENV)/dev
+	$(VENV)/bin/python -m tests.benchmarks $(BENCH)
 
 compile: $(VENV)/all
 	$(VENV)/bin/python -m pipelines compile

@@ -63,7 +63,7 @@ class TrainingProgress(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.shown |= {k: f"{v:.3f}" for k, v in (logs or {}).items() if k in self.SHOWN}
+        self.shown |= {k: f"{v:.4f}" for k, v in (logs or {}).items() if k in self.SHOWN}
         self.bar.set_postfix(self.shown, refresh=False)
 
     def on_train_end(

@@ -60,7 +60,8 @@ class SAPOConfig(TrainingArguments):
         "periodically; 108 steps (an epoch) in the code",
     )
 
-    # What is written down
+    # What is written down, and where
+    log_dir: str | None = setting(None, "Directory of pairs.jsonl; default: output_dir.")
     pairs_per_log: int = setting(2, "Pairs written to pairs.jsonl at each logging step.")
 
     # Inherited, with other defaults
@@ -71,7 +72,9 @@ class SAPOConfig(TrainingArguments):
     num_train_epochs: float = setting(4.0, "Passes over the rows.", "4")
     per_device_train_batch_size: int = setting(8, "Pairs of a micro-batch on each device.", "not given; 8 on 8 GPUs")
     seed: int = setting(42, "Seed of everything random.", "not given; 42 in the authors' code")
-    save_strategy: str = setting("no", "When to save checkpoints.")
+    save_strategy: str = setting("steps", "When to save checkpoints: steps, epoch or no.")
+    save_steps: float = setting(50, "Optimizer steps between checkpoints.")
+    save_total_limit: int | None = setting(2, "Checkpoints kept; older ones are removed.")
     report_to: str | list[str] = setting("tensorboard", "Where curves go: tensorboard, wandb, mlflow, none.")
     logging_steps: float = setting(10, "Optimizer steps between log entries.")
 
@@ -93,7 +96,10 @@ class SAPOConfig(TrainingArguments):
         self._require("top_p", 0 < self.top_p <= 1, "must be within (0, 1]")
         interval = self.reference_interval
         self._require("reference_interval", interval == "epoch" or int(interval) >= 1, "must be 1 or more, or `epoch`")
-        self._require("save_strategy", self.save_strategy == "no", "must be `no`: the final model is always saved")
+        strategy = str(getattr(self.save_strategy, "value", self.save_strategy))
+        self._require("save_strategy", strategy in ("no", "steps", "epoch"), "must be steps, epoch or no")
+        limit = self.save_total_limit
+        self._require("save_total_limit", limit is None or limit >= 1, "must be 1 or more, or none to keep all")
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:

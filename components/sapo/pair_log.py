@@ -47,5 +47,12 @@ class PairLog:
         with self.path.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(line, ensure_ascii=False) + "\n")
 
+    def keep_until(self, step: int) -> None:
+        """Drops the lines of later steps, which a resumed run writes again; of step 0 on, all of them."""
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            self.path.write_text("".join(kept), encoding="utf-8")
+
     def _text(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids))

@@ -33,6 +33,25 @@ class Entry:
     version: int
 
 
+def pack(entries: list[Entry]) -> dict[str, npt.NDArray[Any]]:
+    """Entries as flat arrays: one row of `columns` each, replacements joined, `offsets` saying where each begins."""
+    columns = [[e.row, e.segment.start, e.segment.end, e.step, e.version] for e in entries]
+    return {
+        "columns": np.array(columns, dtype=np.int64).reshape(len(entries), 5),
+        "offsets": np.cumsum([0, *(len(e.replacement) for e in entries)], dtype=np.int64),
+        "replacements": np.concatenate([np.zeros(0, dtype=np.int32), *(e.replacement for e in entries)]),
+    }
+
+
+def unpack(packed: dict[str, npt.NDArray[Any]]) -> list[Entry]:
+    """The inverse of `pack`."""
+    offsets, replacements = packed["offsets"], packed["replacements"]
+    return [
+        Entry(int(row), Segment(int(start), int(end)), replacements[low:high].copy(), int(step), int(version))
+        for (row, start, end, step, version), low, high in zip(packed["columns"], offsets[:-1], offsets[1:], strict=True)
+    ]
+
+
 class ReplayBuffer:
     """FIFO of entries with draws in inverse proportion to use.
 
@@ -118,32 +137,18 @@ class ReplayBuffer:
             nodes = 2 * nodes + go_right
         return nodes - self._leaves
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything, as flat arrays: replacements are joined, `offsets` says where each begins."""
-        entries = self._entries
-        lengths = [len(entry.replacement) for entry in entries]
-        columns = [[e.row, e.segment.start, e.segment.end, e.step, e.version] for e in entries]
-        return {
-            "capacity": self.capacity,
-            "added": self.added,
-            "columns": np.array(columns, dtype=np.int64).reshape(len(entries), 5),
-            "counts": self.counts(),
-            "offsets": np.cumsum([0, *lengths], dtype=np.int64),
-            "replacements": np.concatenate([np.zeros(0, dtype=np.int32), *(e.replacement for e in entries)]),
-        }
+    def state_dict(self) -> dict[str, npt.NDArray[Any]]:
+        """Everything as flat arrays, in the order of slots."""
+        place = np.array([self.capacity, self.added], dtype=np.int64)
+        return {**pack(self._entries), "counts": self.counts(), "place": place}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, npt.NDArray[Any]]) -> None:
         """Restores `state_dict`; raises ValueError when the capacity differs."""
-        if state["capacity"] != self.capacity:
-            raise ValueError(f"replay_buffer_size is {self.capacity}, the saved buffer has {state['capacity']}")
-        offsets, replacements = state["offsets"], state["replacements"]
-        self._entries = [
-            Entry(int(row), Segment(int(start), int(end)), replacements[low:high].copy(), int(step), int(version))
-            for (row, start, end, step, version), low, high in zip(
-                state["columns"], offsets[:-1], offsets[1:], strict=True
-            )
-        ]
-        self.added = int(state["added"])
+        capacity, added = (int(value) for value in state["place"])
+        if capacity != self.capacity:
+            raise ValueError(f"replay_buffer_size is {self.capacity}, the saved buffer has {capacity}")
+        self._entries = unpack(state)
+        self.added = added
         self._counts[: len(self)] = state["counts"]
         if self._entries:
             self._update_weights(np.arange(len(self)))

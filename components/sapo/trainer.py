@@ -7,6 +7,7 @@ One optimizer step is one iteration of the paper:
     _SelfPlayCallback    line 17: the EMA, then the reference
 """
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -28,10 +29,13 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import TrainOutput
 
 from components.common.chat_templates import EncodedRow, encode_rows
+from components.common.errors import UserError
 from components.common.models import load_model, load_tokenizer
-from components.sapo import self_play
+from components.sapo import checkpoint, self_play, state
+from components.sapo.checkpoint import CheckpointReader, CheckpointWriter
 from components.sapo.config import SAPOConfig
 from components.sapo.ema import EMA, copy_weights, frozen_copy
 from components.sapo.losses import PairLoss, dpo_loss, orpo_loss
@@ -104,8 +108,10 @@ class SAPOTrainer(Trainer):
         self.sampler = sampler or self._default_sampler()
         self.buffer = ReplayBuffer(args.replay_buffer_size)
         self.row_order = self_play.RowOrder(len(train_rows), self._rows_per_step(), args.seed)
-        self.pair_log = PairLog(Path(str(args.output_dir)) / "pairs.jsonl", processing_class)
-        self._held_out: _HeldOut | None = None
+        self.pair_log = PairLog(Path(args.log_dir or str(args.output_dir)) / "pairs.jsonl", processing_class)
+        self.held_out: HeldOut | None = None
+        self.stop_requested = False  # set it (from a signal handler) to save after the current step and stop
+        self._resumed: CheckpointReader | None = None
         self._metrics: defaultdict[str, list[float]] = defaultdict(list)
 
     def _rows_per_step(self) -> int:
@@ -221,39 +227,41 @@ class SAPOTrainer(Trainer):
         step = self.state.global_step
         with self._timed("ema"):
             if step % self.args.ema_interval == 0:
-                self.ema.update(self._policy())
+                self.ema.update(self.policy)
                 self.sampler.load(self.ema.model.named_parameters(), self.ema.version)
             if self.reference is not None and self.args.reference != "fixed" and step % self._reference_interval() == 0:
-                source = self.ema.model if self.args.reference == "ema" else self._policy()
+                source = self.ema.model if self.args.reference == "ema" else self.policy
                 copy_weights(source, self.reference)
 
     def _reference_interval(self) -> int:
         interval = self.args.reference_interval
         return self.row_order.steps_per_epoch if interval == "epoch" else int(interval)
 
-    def _policy(self) -> nn.Module:
+    @property
+    def policy(self) -> nn.Module:
+        """The model that is trained, without what distributed training wraps around it."""
         return self.accelerator.unwrap_model(self.model)
 
     # ---- Held-out pairs -------------------------------------------------------------------------------------------
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        if self.eval_dataset is not None and self._held_out is None:
-            self._held_out = self._make_held_out()
-        return super().train(*args, **kwargs)
-
-    def _make_held_out(self) -> "_HeldOut":
+    def _make_held_out(self) -> None:
         """Pairs from held-out rows and the start model, with its log-probs of them."""
         rows: list[EncodedRow] = self.eval_dataset  # type: ignore[assignment]
         random = self_play.generator(self.args.seed, self_play.HELD_OUT, 0)
         entries = self_play.sample_entries(rows, list(range(len(rows))), self.sampler, self.args, random, step=0)
+        self.set_held_out(entries, start_logps=None)
+
+    def set_held_out(self, entries: list[Entry], start_logps: Tensor | None) -> None:
+        """Held-out pairs from their entries; without log-probs the policy as it is now is the start."""
+        rows: list[EncodedRow] = self.eval_dataset  # type: ignore[assignment]
         rejected = [self_play.rejected_response(rows[e.row], e, self.args, self.stop_ids) for e in entries]
         pairs = [_Pair(rows[e.row], e, r) for e, r in zip(entries, rejected, strict=True)]
-        return _HeldOut(pairs, self._score(pairs))
+        self.held_out = HeldOut(pairs, self._score(pairs) if start_logps is None else start_logps)
 
     @torch.no_grad()
     def _score(self, pairs: list["_Pair"]) -> Tensor:
         """The policy's log-probs of both responses, (2, pairs): sums for DPO, means per token for ORPO."""
-        model, scores = self._policy(), []
+        model, scores = self.policy, []
         was_training = model.training
         model.eval()
         for low in range(0, len(pairs), self.args.per_device_eval_batch_size):
@@ -270,14 +278,14 @@ class SAPOTrainer(Trainer):
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """How far the policy has moved from the start model on the held-out pairs.
 
-        Rewards are beta (lambda for ORPO) times the change of the log-prob since the start, so every run begins at a
-        margin of exactly 0, and a margin above 0 means that y+ gained on y-.
+        Rewards are the change of the log-prob since the start: times beta for DPO, per token for ORPO. So every run
+        begins at a margin of exactly 0, and a margin above 0 means that y+ gained on y-.
         """
-        if self._held_out is None:
+        if self.held_out is None:
             raise ValueError("eval_dataset: held-out rows are needed to evaluate")
-        now = self._score(self._held_out.pairs)
-        scale = self.args.beta if self.reference is not None else self.args.orpo_lambda
-        chosen, rejected = scale * (now - self._held_out.start_logps)
+        now = self._score(self.held_out.pairs)
+        scale = self.args.beta if self.reference is not None else 1.0
+        chosen, rejected = scale * (now - self.held_out.start_logps)
         metrics = {
             "rewards/chosen": chosen.mean(),
             "rewards/rejected": rejected.mean(),
@@ -290,6 +298,92 @@ class SAPOTrainer(Trainer):
         self.log(dict(named))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
         return named
+
+    # ---- Checkpoint and resume ------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Trains, from a checkpoint of this run if one is given.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's directory, or True for the newest complete one in `output_dir`.
+
+        Raises:
+            UserError: there is none, it is damaged, or it is of a run with other settings or rows.
+        """
+        if not resume_from_checkpoint:
+            self.pair_log.keep_until(step=0)
+            if self.eval_dataset is not None:
+                self._make_held_out()
+            return super().train(**kwargs)
+        self._resumed = CheckpointReader(self._checkpoint_directory(resume_from_checkpoint))
+        state.check_identity(self, self._resumed)
+        self.pair_log.keep_until(self._resumed.step)
+        if self.eval_dataset is not None:
+            state.restore_held_out(self, self._resumed)
+        if self._resumed.step >= self._total_steps():
+            return self._nothing_left(self._resumed)
+        return super().train(resume_from_checkpoint=str(self._resumed.directory), **kwargs)
+
+    def _checkpoint_directory(self, given: str | bool) -> Path:
+        if given is not True:
+            return Path(str(given))
+        if found := checkpoint.complete_checkpoints(Path(str(self.args.output_dir))):
+            return found[-1]
+        raise UserError(f"{self.args.output_dir}: holds no complete checkpoint to resume from")
+
+    def _total_steps(self) -> int:
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        return math.ceil(self.args.num_train_epochs * self.row_order.steps_per_epoch)
+
+    def _nothing_left(self, reader: CheckpointReader) -> TrainOutput:
+        """The run had ended when it was interrupted: only the trained weights and the log are needed."""
+        self._load_from_checkpoint(str(reader.directory))
+        self.ema.model.load_state_dict(reader.tensors("ema"))
+        self.state = TrainerState.load_from_json(str(reader.directory / "trainer_state.json"))
+        return TrainOutput(self.state.global_step, math.nan, {"train_runtime": 0.0})
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        directory = Path(str(self.args.output_dir))
+        with self._timed("save"):
+            state.save(self, CheckpointWriter(directory / f"{checkpoint.PREFIX}{self.state.global_step}"))
+        if self.args.save_total_limit is not None:
+            checkpoint.remove_old(directory, self.args.save_total_limit)
+
+    # `Trainer` calls the next four in turn when it resumes; the files it would look for are not there.
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        assert self._resumed is not None
+        self.policy.load_state_dict(self._resumed.tensors("policy"))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self._resumed is not None:
+            state.restore(self, self._resumed)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """float16 is not offered, so there is no gradient scaler."""
+
+    def _load_rng_state(self, checkpoint_directory: str | None) -> None:
+        if self._resumed is not None:
+            checkpoint.restore_random_states(self._resumed.tensors("random"), self._resumed.json("random"))
+
+    def unlogged(self) -> dict[str, Any]:
+        """Metrics since the last log entry, as JSON; a resumed run logs them with its own."""
+        return {
+            "metrics": dict(self._metrics),
+            "loss": float(self._tr_loss),
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+        }
+
+    def before_first_step(self) -> None:
+        """`Trainer` has reset its running loss by now; a resumed run goes on with the saved one."""
+        if self._resumed is not None:
+            saved = self._resumed.json("trainer")
+            self._metrics = defaultdict(list, saved["metrics"])
+            self._tr_loss += saved["loss"]
+            self._total_loss_scalar = saved["total_loss"]
+            self._globalstep_last_logged = saved["last_logged"]
 
     # ---- Metrics --------------------------------------------------------------------------------------------------
 
@@ -315,8 +409,15 @@ class _SelfPlayCallback(TrainerCallback):
     def __init__(self, trainer: SAPOTrainer) -> None:
         self.trainer = trainer
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.before_first_step()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.after_step()
+        if self.trainer.stop_requested:
+            control.should_save = control.should_training_stop = True
 
 
 @dataclass(frozen=True)
@@ -329,7 +430,7 @@ class _Pair:
 
 
 @dataclass(frozen=True)
-class _HeldOut:
+class HeldOut:
     """Held-out pairs, and the start model's log-probs of both responses, (2, pairs)."""
 
     pairs: list[_Pair]

@@ -26,6 +26,7 @@ def config(tmp_path, **settings) -> SAPOConfig:
         "learning_rate": 1e-3,
         "logging_steps": 1,
         "report_to": "none",
+        "save_strategy": "no",
         "disable_tqdm": True,
         "use_cpu": True,
     }
