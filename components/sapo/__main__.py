@@ -4,11 +4,17 @@ An EMA copy of the policy rewrites a random segment of each chosen response; the
 trains on draws from it with a DPO or ORPO loss. "paper" values are those of its LLaMA-3-8B and Mistral-7B runs.
 
     python -m components.sapo --config tiny-dpo --data runs/data --model runs/sft --output runs/sapo-dpo
+
+A run that was interrupted (SIGTERM saves first and exits with 143) goes on when the same command is given again.
 """
 
 import dataclasses
 import logging
+import shutil
+import signal
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from components.common.cli import ConfigParser, check_output, prepare_output, run_stage
@@ -17,57 +23,97 @@ from components.common.kfp_outputs import publish
 
 logger = logging.getLogger(__name__)
 
+TERMINATED = 143  # 128 + SIGTERM: a retry policy sees a failure, and its retry resumes
+
 
 def main(argv: Sequence[str]) -> None:
     from components.common.chat_templates import encode_rows
     from components.common.models import load_config, load_model, load_tokenizer
-    from components.common.training import HIDDEN, TrainingStageConfig, stage_arguments
-    from components.sapo.config import SAPOConfig
+    from components.common.training import HIDDEN
+    from components.sapo.config import SAPOConfig, SAPOStageConfig
     from components.sapo.plan import describe
 
-    parser = ConfigParser("sapo", [TrainingStageConfig, SAPOConfig], hidden=HIDDEN)
+    parser = ConfigParser("sapo", [SAPOStageConfig, SAPOConfig], hidden=(*HIDDEN, "log_dir"))
     if {"-h", "--help"} & set(argv):
         print(parser.help(__doc__ or ""))
         return
     stage, args = parser.parse(argv)
 
-    check_output(stage.output, stage.overwrite)
+    checkpoint = _checkpoint_to_resume(stage)
     tokenizer = load_tokenizer(stage.model)
     max_prompt_length = min(stage.max_prompt_length, args.max_length)
     train, dropped = encode_rows(tokenizer, read_rows(stage.data, "train"), max_prompt_length, args.max_length)
     held_out = read_rows(stage.data, "test")[: stage.eval_rows]
     evaluation = encode_rows(tokenizer, held_out, max_prompt_length, args.max_length)[0] if held_out else None
-    for line in describe(train, dropped, load_config(stage.model), args):
+    plan = describe(train, dropped, load_config(stage.model), args)
+    if checkpoint:
+        plan.append(f"resumes from {checkpoint}")
+    for line in plan:
         print(line) if stage.dry_run else logger.info(line)
     if stage.dry_run:
         return
 
-    output = prepare_output(stage.output, stage.overwrite)
-    args = dataclasses.replace(args, **stage_arguments(stage.log_directory()))
+    output = Path(stage.output) if checkpoint else prepare_output(stage.output, overwrite=True)
     model = load_model(stage.model, "float32")
-    trainer, summary = _train(model, tokenizer, train, evaluation, args)
+    trainer, summary = _train(model, tokenizer, train, evaluation, stage, args, checkpoint)
+    if trainer.stop_requested:
+        logger.info("stopped after step %d and saved; the same command goes on from there", trainer.state.global_step)
+        sys.exit(TERMINATED)
     _write(stage, args, trainer, summary, output)
 
 
-def _train(model: Any, tokenizer: Any, train: Any, evaluation: Any, args: Any) -> tuple[Any, dict[str, float]]:
-    from components.common.training import final_evaluation, show_progress
+def _checkpoint_to_resume(stage: Any) -> Path | None:
+    """The checkpoint to go on from, or None for a new run; refuses an output that holds something else."""
+    from components.sapo.checkpoint import complete_checkpoints
+
+    output = Path(stage.output)
+    if stage.resume_from:
+        return Path(stage.resume_from)
+    if stage.overwrite or not output.is_dir():
+        check_output(stage.output, stage.overwrite)
+        return None
+    if found := complete_checkpoints(output / "checkpoints"):
+        return found[-1]
+    # A run that was killed before its first checkpoint leaves these two; anything else is not ours to touch.
+    if not {path.name for path in output.iterdir()} <= {"checkpoints", "training"}:
+        check_output(stage.output, overwrite=False)
+    return None
+
+
+def _train(
+    model: Any, tokenizer: Any, train: Any, evaluation: Any, stage: Any, args: Any, checkpoint: Path | None
+) -> tuple[Any, dict[str, float]]:
+    from components.common.training import final_evaluation, show_progress, stage_arguments
     from components.sapo.trainer import SAPOTrainer
 
-    trainer = SAPOTrainer(model, args, train, evaluation, processing_class=tokenizer)
+    places = stage_arguments(stage.log_directory())
+    places |= {"output_dir": str(Path(stage.output) / "checkpoints"), "log_dir": str(stage.log_directory())}
+    trainer = SAPOTrainer(model, dataclasses.replace(args, **places), train, evaluation, processing_class=tokenizer)
     show_progress(trainer, f"sapo-{args.loss_type}")
-    summary = trainer.train().metrics
-    if evaluation is not None:
+
+    def stop(*_: object) -> None:
+        logger.info("SIGTERM: finishing the step, then saving")
+        trainer.stop_requested = True
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        summary = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if evaluation is not None and not trainer.stop_requested:
         summary |= final_evaluation(trainer)
     return trainer, summary
 
 
-def _write(stage: Any, args: Any, trainer: Any, summary: dict[str, float], output: Any) -> None:
+def _write(stage: Any, args: Any, trainer: Any, summary: dict[str, float], output: Path) -> None:
     from components.common.training import save_model, write_training_log
 
     save_model(trainer, output)
     name = stage.name or f"sapo-{args.loss_type}"
     settings = dataclasses.asdict(stage) | args.to_dict()
     write_training_log(stage.log_directory(), "sapo", name, trainer, settings, summary)
+    if not stage.keep_checkpoints:
+        shutil.rmtree(output / "checkpoints", ignore_errors=True)
     if (margin := summary.get("eval_rewards/margins")) is not None:
         logger.info("margin on held-out pairs since the start: %+.4f", margin)
     logger.info("trained %d steps in %.0f s, wrote %s", trainer.state.global_step, summary["train_runtime"], output)

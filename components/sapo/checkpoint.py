@@ -113,7 +113,9 @@ def remove_old(directory: Path, keep: int) -> None:
 def _verified(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     if not path.is_file():
-        raise UserError(f"{directory}: is not a complete checkpoint (no {MANIFEST}); an older one may be: --resume_from DIR")
+        raise UserError(
+            f"{directory}: is not a complete checkpoint (no {MANIFEST}); an older one may be: --resume_from DIR"
+        )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["kind"] != KIND or manifest["schema"] != SCHEMA:

@@ -6,6 +6,15 @@ from typing import Literal
 from transformers import TrainingArguments
 
 from components.common.cli import setting
+from components.common.training import TrainingStageConfig
+
+
+@dataclass(kw_only=True)
+class SAPOStageConfig(TrainingStageConfig):
+    """Where the sapo stage reads and writes, and how it resumes. OUTPUT with checkpoints in it is resumed by itself."""
+
+    resume_from: str | None = setting(None, "Checkpoint to go on from; default: the newest in OUTPUT/checkpoints.")
+    keep_checkpoints: bool = setting(False, "Leave OUTPUT/checkpoints in place when the run is complete.")
 
 
 @dataclass(kw_only=True)

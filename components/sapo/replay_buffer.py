@@ -48,7 +48,9 @@ def unpack(packed: dict[str, npt.NDArray[Any]]) -> list[Entry]:
     offsets, replacements = packed["offsets"], packed["replacements"]
     return [
         Entry(int(row), Segment(int(start), int(end)), replacements[low:high].copy(), int(step), int(version))
-        for (row, start, end, step, version), low, high in zip(packed["columns"], offsets[:-1], offsets[1:], strict=True)
+        for (row, start, end, step, version), low, high in zip(
+            packed["columns"], offsets[:-1], offsets[1:], strict=True
+        )
     ]
 
 

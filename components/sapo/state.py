@@ -21,8 +21,30 @@ if TYPE_CHECKING:
     from components.sapo.trainer import SAPOTrainer
 
 # Settings that may differ after a resume, by prefix: they say where things go and how often, not what is computed.
-FREE = ("output_dir", "log_dir", "logging_", "log_", "report_to", "run_name", "save_", "eval_", "per_device_eval", "disable_")
-FREE += ("pairs_per_log", "resume_", "hub_", "push_", "dataloader_", "project", "trackio_", "use_cpu", "do_", "local_rank")
+FREE = (
+    "output_dir",
+    "log_dir",
+    "logging_",
+    "log_",
+    "report_to",
+    "run_name",
+    "save_",
+    "eval_",
+    "per_device_eval",
+    "disable_",
+)
+FREE += (
+    "pairs_per_log",
+    "resume_",
+    "hub_",
+    "push_",
+    "dataloader_",
+    "project",
+    "trackio_",
+    "use_cpu",
+    "do_",
+    "local_rank",
+)
 
 
 def save(trainer: "SAPOTrainer", writer: CheckpointWriter) -> None:

@@ -1,7 +1,7 @@
 """Prints a table of ours against a peer, timed in turns in the same run, and writes `tests/benchmarks/results.json`.
 
-    make bench
-    python -m tests.benchmarks --quick       # smaller sizes, fewer repeats
+make bench
+python -m tests.benchmarks --quick       # smaller sizes, fewer repeats
 """
 
 import argparse

@@ -48,6 +48,7 @@ def replay_buffer(quick: bool) -> list[Result]:
         for _ in range(capacity):
             ours.add(entry)
         generator = np.random.default_rng(0)
+
         def our_step(ours: ReplayBuffer = ours, entry: Entry = entry) -> None:
             for _ in range(8):
                 ours.add(entry)

@@ -59,7 +59,9 @@ def tensors(trainer: SAPOTrainer) -> dict[str, torch.Tensor]:
     found = {f"{name}.{k}": v for name, m in models.items() if m is not None for k, v in m.state_dict().items()}
     buffer = {f"buffer.{name}": torch.from_numpy(array) for name, array in trainer.buffer.state_dict().items()}
     optimizer = trainer.optimizer.state_dict()["state"]
-    return found | buffer | {f"optimizer.{i}.{k}": torch.as_tensor(v) for i, s in optimizer.items() for k, v in s.items()}
+    return (
+        found | buffer | {f"optimizer.{i}.{k}": torch.as_tensor(v) for i, s in optimizer.items() for k, v in s.items()}
+    )
 
 
 def metrics(trainer: SAPOTrainer) -> list[dict]:
@@ -93,7 +95,10 @@ def test_resumed_equals_uninterrupted(build, tmp_path, case):
         cut = build(directory, **CASES[case], save_strategy="no")
         stop_after(cut, step)
         cut.train()
-        assert (cut.state.global_step, [p.name for p in complete_checkpoints(directory)]) == (step, [f"checkpoint-{step}"])
+        assert (cut.state.global_step, [p.name for p in complete_checkpoints(directory)]) == (
+            step,
+            [f"checkpoint-{step}"],
+        )
         resumed = build(directory, **CASES[case])
         resumed.train(resume_from_checkpoint=True)
         assert_equal_runs(resumed, whole)

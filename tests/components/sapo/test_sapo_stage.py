@@ -1,7 +1,12 @@
 """The SAPO stage as a command: outputs, dry run, wrong input, shipped recipes."""
 
 import json
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -9,9 +14,9 @@ import torch
 from components.common.cli import ConfigParser, find_recipe, recipe_names
 from components.common.errors import UserError
 from components.common.models import load_model, load_tokenizer
-from components.common.training import HIDDEN, TrainingStageConfig
+from components.common.training import HIDDEN
 from components.sapo.__main__ import main
-from components.sapo.config import SAPOConfig
+from components.sapo.config import SAPOConfig, SAPOStageConfig
 
 SETTINGS = ["--max_steps", "4", "--max_length", "96", "--segment_length", "6", "--max_new_tokens", "6"]
 SETTINGS += [
@@ -108,6 +113,57 @@ def test_wrong_input(change, message, tmp_path, chat_data, micro_model):
     assert not (tmp_path / "out").exists()
 
 
+def start(directory, chat_data, micro_model, *more: str) -> subprocess.Popen:
+    """The stage as a process of its own, as a pod runs it."""
+    places = flags(data=chat_data, model=micro_model, output=directory / "out", training_log=directory / "log")
+    command = [sys.executable, "-m", "components.sapo", *places, *SETTINGS[2:], "--max_steps", "40", *more]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_checkpoint(directory, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while not (directory / "out" / "checkpoints" / f"checkpoint-{step}" / "manifest.json").exists():
+        assert time.monotonic() < deadline, "no checkpoint came"
+        time.sleep(0.01)
+
+
+def state(model) -> dict[str, torch.Tensor]:
+    return load_model(str(model), torch.float32).state_dict()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_process_goes_on_to_the_same_weights(number, tmp_path, chat_data, micro_model):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert start(whole, chat_data, micro_model).wait(300) == 0
+    process = start(cut, chat_data, micro_model, "--save_steps", "1", "--save_total_limit", "3")
+    wait_for_checkpoint(cut, step=random.Random(number).randrange(3, 20))
+    process.send_signal(number)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == (143 if number == signal.SIGTERM else -signal.SIGKILL)
+    if number == signal.SIGTERM:
+        assert "the same command goes on from there" in said
+    again = start(cut, chat_data, micro_model, "--save_steps", "1", "--save_total_limit", "3")
+    said = again.communicate(timeout=300)[1]
+    assert again.returncode == 0, said
+    assert "resumes from" in said
+    mine, theirs = state(cut / "out"), state(whole / "out")
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert (cut / "log" / "pairs.jsonl").read_text() == (whole / "log" / "pairs.jsonl").read_text()
+    assert not (cut / "out" / "checkpoints").exists()
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(tmp_path, chat_data, micro_model):
+    (tmp_path / "out" / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+    main([*flags(data=chat_data, model=micro_model, output=tmp_path / "out"), *SETTINGS])
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_finished_output_is_not_overwritten(trained, chat_data, micro_model):
+    with pytest.raises(UserError, match="is not empty"):
+        main(flags(data=chat_data, model=micro_model, output=trained / "out"))
+
+
 def test_output_that_is_not_empty(tmp_path, chat_data, micro_model):
     (tmp_path / "precious").write_text("x")
     with pytest.raises(UserError, match="is not empty; give another directory, or --overwrite"):
@@ -116,7 +172,7 @@ def test_output_that_is_not_empty(tmp_path, chat_data, micro_model):
 
 @pytest.mark.parametrize("recipe", recipe_names("sapo"))
 def test_shipped_recipes_load_and_open_with_their_command(recipe):
-    parser = ConfigParser("sapo", [TrainingStageConfig, SAPOConfig], hidden=HIDDEN)
+    parser = ConfigParser("sapo", [SAPOStageConfig, SAPOConfig], hidden=HIDDEN)
     _, args = parser.parse(["--config", recipe, *flags(data="d", model="m", output="o")])
     assert f"-{args.loss_type}" in recipe
     text = find_recipe("sapo", recipe).read_text()
