@@ -53,6 +53,8 @@ PANELS = (
     Panel("Sample age (steps)", (Series("buffer/age_steps", "mean"),)),
     Panel("Sample age (EMA versions)", (Series("buffer/age_versions", "mean"),)),
     Panel("Draws per sample", (Series("buffer/mean_count", "mean"),)),
+    Panel("Distance of EMA and policy", (Series("ema/distance", "relative"),)),
+    Panel("Seconds of a step", (Series("seconds/sample", "sampling"), Series("seconds/train", "training"))),
 )
 
 

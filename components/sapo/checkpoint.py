@@ -16,10 +16,12 @@ passed over; one whose files do not match its manifest is refused.
 import hashlib
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -174,11 +176,7 @@ def unflatten_optimizer(tensors: dict[str, Tensor], plain: dict[str, Any]) -> di
 
 def random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """States of every global random generator of the process, as tensors and JSON."""
-    import random
-
-    import numpy as np
-
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     version, internal, next_gauss = random.getstate()
     tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64))}
     tensors |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
@@ -188,10 +186,6 @@ def random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def restore_random_states(tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
     """The inverse of `random_states`."""
-    import random
-
-    import numpy as np
-
     name, position, has_gauss, gauss = plain["numpy"]
     np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, gauss))
     version, internal, next_gauss = plain["python"]

@@ -1,8 +1,10 @@
 """Settings of SAPO. Defaults are the paper's DPO run; `recipes/` has the ORPO runs and smaller models."""
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from transformers import TrainingArguments
 
 from components.common.cli import setting
@@ -29,6 +31,12 @@ class SAPOConfig(TrainingArguments):
     loss_type: Literal["dpo", "orpo"] = setting("dpo", "Preference loss on the pairs.", "both: Eq. 1 and Eq. 3")
     beta: float = setting(0.1, "DPO: strength of the pull towards the reference.", "0.1")
     orpo_lambda: float = setting(0.05, "ORPO: weight of the odds-ratio term.", "0.05")
+
+    nll_scope: Literal["response", "sequence"] = setting(
+        "response",
+        "ORPO: tokens of L_SFT, of the chosen response or of prompt and response.",
+        "not given; all in the code",
+    )
 
     # The pairs
     max_length: int = setting(2048, "Tokens of prompt + response; a longer response is cut.", "2048")
@@ -80,6 +88,9 @@ class SAPOConfig(TrainingArguments):
     warmup_steps: float = setting(0.1, "Steps of warm-up, or a share of all steps below 1.", "not given; 0.1, ORPO 100")
     num_train_epochs: float = setting(4.0, "Passes over the rows.", "4")
     per_device_train_batch_size: int = setting(8, "Pairs of a micro-batch on each device.", "not given; 8 on 8 GPUs")
+    bf16: bool | None = setting(  # type: ignore[assignment]
+        None, "Mixed precision in bfloat16; `none` means where there is a GPU.", "not given; bfloat16 in the code"
+    )
     seed: int = setting(42, "Seed of everything random.", "not given; 42 in the authors' code")
     save_strategy: str = setting("steps", "When to save checkpoints: steps, epoch or no.")
     save_steps: float = setting(50, "Optimizer steps between checkpoints.")
@@ -89,6 +100,8 @@ class SAPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check()
+        if self.bf16 is None:
+            self.bf16 = torch.cuda.is_available()
         super().__post_init__()
 
     def _check(self) -> None:
@@ -103,10 +116,14 @@ class SAPOConfig(TrainingArguments):
         self._require("max_length", self.max_length >= 2, "must be 2 or more (a prompt and a response)")
         self._require("ema_decay", 0 <= self.ema_decay <= 1, "must be within [0, 1]")
         self._require("top_p", 0 < self.top_p <= 1, "must be within (0, 1]")
+        scope_fits = self.loss_type == "orpo" or self.nll_scope == "response"
+        self._require("nll_scope", scope_fits, "`sequence` is for loss_type = orpo; DPO has no L_SFT")
         interval = self.reference_interval
         self._require("reference_interval", interval == "epoch" or int(interval) >= 1, "must be 1 or more, or `epoch`")
         strategy = str(getattr(self.save_strategy, "value", self.save_strategy))
         self._require("save_strategy", strategy in ("no", "steps", "epoch"), "must be steps, epoch or no")
+        has_8_bit = "8bit" not in str(self.optim) or importlib.util.find_spec("bitsandbytes") is not None
+        self._require("optim", has_8_bit, "needs the package bitsandbytes, which is not installed")
         limit = self.save_total_limit
         self._require("save_total_limit", limit is None or limit >= 1, "must be 1 or more, or none to keep all")
 

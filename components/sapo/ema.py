@@ -24,6 +24,15 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
     torch._foreach_copy_(_tensors(target), _tensors(source))
 
 
+@torch.no_grad()
+def relative_distance(model: nn.Module, other: nn.Module) -> float:
+    """|theta - theta_other| / |theta_other| over all parameters, in the Euclidean norm."""
+    # One parameter at a time: a difference of all at once would be another copy of the model.
+    pairs = list(zip(model.parameters(), other.parameters(), strict=True))
+    difference = torch.stack([(mine - theirs).float().norm() for mine, theirs in pairs]).norm()
+    return float(difference / torch.stack([theirs.float().norm() for _, theirs in pairs]).norm())
+
+
 class EMA:
     """theta_EMA <- decay * theta_EMA + (1 - decay) * theta, in place, starting at theta.
 

@@ -63,6 +63,18 @@ def response_logps(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return torch.where(batch["response_mask"], logps, 0.0)
 
 
+def sequence_nll(model: nn.Module, batch: dict[str, Tensor], rows: int) -> Tensor:
+    """Mean negative log-prob per token over prompt and response of the first `rows` sequences, (rows,), float32.
+
+    The first token of a sequence is given, not predicted, and padding never counts.
+    """
+    inputs = {name: batch[name][:rows] for name in ("input_ids", "attention_mask", "position_ids")}
+    logits = model(**inputs, use_cache=False).logits
+    predicted = (inputs["attention_mask"][:, 1:] * inputs["attention_mask"][:, :-1]).bool()
+    logps = torch.where(predicted, token_logps(logits[:, :-1], inputs["input_ids"][:, 1:]), 0.0)
+    return -logps.sum(dim=1) / predicted.sum(dim=1)
+
+
 def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
     """log softmax(logits) at `targets`, in float32 whatever the type of the logits: (..., vocab), (...) -> (...)."""
     logits = logits.float()

@@ -22,28 +22,9 @@ if TYPE_CHECKING:
 
 # Settings that may differ after a resume, by prefix: they say where things go and how often, not what is computed.
 FREE = (
-    "output_dir",
-    "log_dir",
-    "logging_",
-    "log_",
-    "report_to",
-    "run_name",
-    "save_",
-    "eval_",
-    "per_device_eval",
-    "disable_",
-)
-FREE += (
-    "pairs_per_log",
-    "resume_",
-    "hub_",
-    "push_",
-    "dataloader_",
-    "project",
-    "trackio_",
-    "use_cpu",
-    "do_",
-    "local_rank",
+    *("output_dir", "log_dir", "logging_", "log_", "report_to", "run_name", "project", "trackio_", "disable_"),
+    *("save_", "eval_", "per_device_eval", "pairs_per_log", "resume_", "hub_", "push_", "dataloader_"),
+    *("use_cpu", "do_", "local_rank"),
 )
 
 
@@ -53,6 +34,7 @@ def save(trainer: "SAPOTrainer", writer: CheckpointWriter) -> None:
     writer.tensors("ema", trainer.ema.model.state_dict())
     if trainer.reference is not None:
         writer.tensors("reference", trainer.reference.state_dict())
+    assert trainer.optimizer is not None and trainer.lr_scheduler is not None  # a step was taken
     optimizer_tensors, optimizer_rest = checkpoint.flatten_optimizer(trainer.optimizer.state_dict())
     writer.tensors("optimizer", optimizer_tensors)
     writer.json("optimizer", optimizer_rest)
@@ -77,6 +59,7 @@ def restore(trainer: "SAPOTrainer", reader: CheckpointReader) -> None:
     trainer.sampler.load(trainer.ema.model.named_parameters(), trainer.ema.version)
     if trainer.reference is not None:
         trainer.reference.load_state_dict(reader.tensors("reference"))
+    assert trainer.optimizer is not None and trainer.lr_scheduler is not None  # Trainer has just made them
     flat = reader.tensors("optimizer"), reader.json("optimizer")
     trainer.optimizer.load_state_dict(checkpoint.unflatten_optimizer(*flat))
     trainer.lr_scheduler.load_state_dict(reader.json("scheduler"))

@@ -8,6 +8,8 @@ One optimizer step is one iteration of the paper:
 """
 
 import math
+import resource
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -37,9 +39,9 @@ from components.common.models import load_model, load_tokenizer
 from components.sapo import checkpoint, self_play, state
 from components.sapo.checkpoint import CheckpointReader, CheckpointWriter
 from components.sapo.config import SAPOConfig
-from components.sapo.ema import EMA, copy_weights, frozen_copy
+from components.sapo.ema import EMA, copy_weights, frozen_copy, relative_distance
 from components.sapo.losses import PairLoss, dpo_loss, orpo_loss
-from components.sapo.pair_forward import Sequence, collate, response_logps
+from components.sapo.pair_forward import Sequence, collate, response_logps, sequence_nll
 from components.sapo.pair_log import PairLog
 from components.sapo.replay_buffer import Entry, ReplayBuffer
 from components.sapo.samplers import Sampler, SamplingSettings
@@ -83,6 +85,8 @@ class SAPOTrainer(Trainer):
         if isinstance(model, str):
             processing_class = processing_class or load_tokenizer(model)
             model = load_model(model, torch.float32)
+        if args.world_size > 1:
+            raise ValueError(f"{args.world_size} processes: SAPOTrainer runs in one process")
         if processing_class is None:
             raise ValueError("processing_class: is needed when model is not a directory")
         _disable_dropout(model)
@@ -113,6 +117,8 @@ class SAPOTrainer(Trainer):
         self.stop_requested = False  # set it (from a signal handler) to save after the current step and stop
         self._resumed: CheckpointReader | None = None
         self._metrics: defaultdict[str, list[float]] = defaultdict(list)
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._steps_timed = 0  # the step of the last log entry
 
     def _rows_per_step(self) -> int:
         """As many fresh rows as pairs are trained on: N of Algorithm 1."""
@@ -159,8 +165,6 @@ class SAPOTrainer(Trainer):
         """Chosen responses in the first half of the batch, rejected ones in the second."""
         pairs = [_Pair(self.train_dataset[entry.row], entry, self._rejected(entry)) for _, entry in drawn]
         batch = _collate_pairs(pairs, self.pad_id)
-        self._metrics["buffer/size"].append(len(self.buffer))
-        self._metrics["buffer/mean_count"].append(float(self.buffer.counts().mean()))
         for _, entry in drawn:
             self._metrics["buffer/age_steps"].append(self.state.global_step - entry.step)
             self._metrics["buffer/age_versions"].append(self.sampler.version - entry.version)
@@ -184,15 +188,17 @@ class SAPOTrainer(Trainer):
     ) -> Tensor:
         pairs = inputs.pop("pairs")
         logps = response_logps(model, inputs)
-        loss = self._pair_loss(logps, inputs)
+        loss = self._pair_loss(model, logps, inputs)
         self._record_training(loss, logps.detach(), pairs, inputs)
         return loss.losses.mean()
 
-    def _pair_loss(self, logps: Tensor, batch: dict[str, Tensor]) -> PairLoss:
+    def _pair_loss(self, model: nn.Module, logps: Tensor, batch: dict[str, Tensor]) -> PairLoss:
         """The loss of Eq. 1 or Eq. 3 from per-token log-probs, (2 * pairs, longest response)."""
         if self.reference is None:
             chosen, rejected = (logps.sum(dim=1) / batch["response_mask"].sum(dim=1)).chunk(2)
-            return orpo_loss(chosen, rejected, chosen_nll=-chosen, weight=self.args.orpo_lambda)
+            whole = self.args.nll_scope == "sequence"
+            nll = sequence_nll(model, batch, rows=len(chosen)) if whole else -chosen
+            return orpo_loss(chosen, rejected, nll, self.args.orpo_lambda)
         with torch.no_grad(), self.accelerator.autocast():
             reference_chosen, reference_rejected = response_logps(self.reference, batch).sum(dim=1).chunk(2)
         chosen, rejected = logps.sum(dim=1).chunk(2)
@@ -212,6 +218,7 @@ class SAPOTrainer(Trainer):
             "logps/rejected": rejected,
             "logps/b": b,
             "logps/b_prime": b_prime,
+            "tokens/pair": batch["attention_mask"].sum(dim=1).view(2, -1).sum(dim=0),
         }
         for name, values in recorded.items():
             self._metrics[name] += values.tolist()
@@ -301,7 +308,7 @@ class SAPOTrainer(Trainer):
 
     # ---- Checkpoint and resume ------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Trains, from a checkpoint of this run if one is given.
 
         Args:
@@ -314,7 +321,7 @@ class SAPOTrainer(Trainer):
             self.pair_log.keep_until(step=0)
             if self.eval_dataset is not None:
                 self._make_held_out()
-            return super().train(**kwargs)
+            return super().train(None, *args, **kwargs)
         self._resumed = CheckpointReader(self._checkpoint_directory(resume_from_checkpoint))
         state.check_identity(self, self._resumed)
         self.pair_log.keep_until(self._resumed.step)
@@ -322,7 +329,7 @@ class SAPOTrainer(Trainer):
             state.restore_held_out(self, self._resumed)
         if self._resumed.step >= self._total_steps():
             return self._nothing_left(self._resumed)
-        return super().train(resume_from_checkpoint=str(self._resumed.directory), **kwargs)
+        return super().train(str(self._resumed.directory), *args, **kwargs)
 
     def _checkpoint_directory(self, given: str | bool) -> Path:
         if given is not True:
@@ -384,6 +391,7 @@ class SAPOTrainer(Trainer):
             self._tr_loss += saved["loss"]
             self._total_loss_scalar = saved["total_loss"]
             self._globalstep_last_logged = saved["last_logged"]
+        self._steps_timed = self.state.global_step
 
     # ---- Metrics --------------------------------------------------------------------------------------------------
 
@@ -391,15 +399,36 @@ class SAPOTrainer(Trainer):
     def _timed(self, part: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self._metrics[f"seconds/{part}"].append(time.perf_counter() - start)
+        self._seconds[part] += time.perf_counter() - start
+
+    def _speed(self) -> dict[str, float]:
+        """Seconds of each part of a step, pairs and tokens per second, and the most memory so far, since the last entry."""
+        steps = max(self.state.global_step - self._steps_timed, 1)
+        total = max(sum(self._seconds.values()), 1e-9)
+        speed = {f"seconds/{part}": seconds / steps for part, seconds in self._seconds.items()}
+        speed["pairs_per_second"] = len(self._metrics["rewards/margins"]) / total
+        speed["tokens_per_second"] = sum(self._metrics["tokens/pair"]) / total
+        return speed | {"memory/peak_gib": peak_memory_gib()}
+
+    def _buffer_use(self) -> dict[str, float]:
+        """How full the buffer is, and the reuse histogram of what it holds: shares drawn 0, 1, 2 and 3 or more times."""
+        counts = np.minimum(self.buffer.counts(), 3)
+        shares = np.bincount(counts, minlength=4) / max(len(counts), 1)
+        names = ("never", "once", "twice", "more")
+        reuse = {f"buffer/drawn_{name}": float(share) for name, share in zip(names, shares, strict=True)}
+        use = {"buffer/size": len(self.buffer), "buffer/evicted": self.buffer.evicted}
+        return {**use, "buffer/mean_count": float(self.buffer.counts().mean()), **reuse}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means since the last entry to the trainer's own loss and learning rate."""
         if "loss" in logs:
-            seconds = sum(sum(v) for name, v in self._metrics.items() if name.startswith("seconds/"))
-            logs["pairs_per_second"] = len(self._metrics["rewards/margins"]) / max(seconds, 1e-9)
             logs |= {name: float(np.mean(values)) for name, values in self._metrics.items() if values}
+            logs |= (
+                self._speed() | self._buffer_use() | {"ema/distance": relative_distance(self.ema.model, self.policy)}
+            )
             self._metrics.clear()
+            self._seconds.clear()
+            self._steps_timed = self.state.global_step
         super().log(logs, start_time)
 
 
@@ -437,6 +466,14 @@ class HeldOut:
     start_logps: Tensor
 
 
+def peak_memory_gib() -> float:
+    """The most memory this process has held: of the GPU where there is one, else of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
 def _collate_pairs(pairs: list[_Pair], pad_id: int) -> dict[str, Tensor]:
     chosen = [Sequence(pair.row["prompt_ids"], pair.row["chosen_ids"]) for pair in pairs]
     rejected = [Sequence(pair.row["prompt_ids"], pair.rejected.ids) for pair in pairs]
@@ -456,7 +493,7 @@ def _segment_sums(logps: Tensor, spans: list[tuple[int, int]], batch: Mapping[st
 def _tokenised(
     dataset: Any, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int, max_length: int
 ) -> list[EncodedRow]:
-    rows = list(dataset) if dataset is not None else []
+    rows: list[Any] = [{"id": str(i), **row} for i, row in enumerate(dataset or [])]
     if not rows or "prompt_ids" in rows[0]:
         return rows
     return encode_rows(tokenizer, rows, min(max_prompt_length, max_length), max_length)[0]

@@ -3,6 +3,7 @@
 import copy
 import random
 from collections import deque
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ def replay_buffer(quick: bool) -> list[Result]:
             ours.add(entry)
         generator = np.random.default_rng(0)
 
-        def our_step(ours: ReplayBuffer = ours, entry: Entry = entry) -> None:
+        def our_step(ours: ReplayBuffer = ours, entry: Entry = entry, generator: Any = generator) -> None:
             for _ in range(8):
                 ours.add(entry)
             ours.draw(8, generator)

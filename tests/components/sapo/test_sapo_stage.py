@@ -11,12 +11,9 @@ import time
 import pytest
 import torch
 
-from components.common.cli import ConfigParser, find_recipe, recipe_names
 from components.common.errors import UserError
 from components.common.models import load_model, load_tokenizer
-from components.common.training import HIDDEN
 from components.sapo.__main__ import main
-from components.sapo.config import SAPOConfig, SAPOStageConfig
 
 SETTINGS = ["--max_steps", "4", "--max_length", "96", "--segment_length", "6", "--max_new_tokens", "6"]
 SETTINGS += [
@@ -168,12 +165,3 @@ def test_output_that_is_not_empty(tmp_path, chat_data, micro_model):
     (tmp_path / "precious").write_text("x")
     with pytest.raises(UserError, match="is not empty; give another directory, or --overwrite"):
         main(flags(data=chat_data, model=micro_model, output=tmp_path))
-
-
-@pytest.mark.parametrize("recipe", recipe_names("sapo"))
-def test_shipped_recipes_load_and_open_with_their_command(recipe):
-    parser = ConfigParser("sapo", [SAPOStageConfig, SAPOConfig], hidden=HIDDEN)
-    _, args = parser.parse(["--config", recipe, *flags(data="d", model="m", output="o")])
-    assert f"-{args.loss_type}" in recipe
-    text = find_recipe("sapo", recipe).read_text()
-    assert f"python -m components.sapo --config {recipe} " in text.split("\n\n")[0]

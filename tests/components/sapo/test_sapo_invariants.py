@@ -1,0 +1,131 @@
+"""Every variant of the method runs, and its pairs hold what the paper says of them."""
+
+import numpy as np
+import pytest
+
+from components.common.conversations import read_rows
+from components.sapo import self_play
+from components.sapo.config import SAPOConfig
+from components.sapo.trainer import SAPOTrainer
+
+SETTINGS = {
+    "max_steps": 6,
+    "per_device_train_batch_size": 4,
+    "max_length": 64,
+    "segment_length": 5,
+    "max_new_tokens": 5,
+}
+SETTINGS |= {"replay_buffer_size": 12, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True}
+
+
+class Watched(SAPOTrainer):
+    """Keeps every batch that was trained on."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.__dict__.setdefault("batches", []).append(dict(inputs))
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+class LoudSampler:
+    """Ends every other B' at once, so that both ends of the splice are met."""
+
+    def __init__(self, end: int) -> None:
+        self.end, self.version = end, 0
+
+    def generate(self, prompts, max_new_tokens, seed):
+        rows = [list(range(10, 10 + limit)) for limit in max_new_tokens]
+        return [row if i % 2 else [*row[: len(row) // 2], self.end] for i, row in enumerate(rows)]
+
+    def load(self, weights, version):
+        self.version = version
+
+
+@pytest.fixture
+def run(tmp_path, micro_model, chat_data):
+    def go(sampler=None, **settings) -> Watched:
+        args = SAPOConfig(output_dir=str(tmp_path), disable_tqdm=True, **(SETTINGS | settings))
+        trainer = Watched(str(micro_model), args, read_rows(chat_data, "train"))
+        if sampler:
+            trainer.sampler = sampler(trainer.processing_class.eos_token_id)
+        trainer.train()
+        return trainer
+
+    return go
+
+
+def assert_pairs_hold(trainer: Watched) -> None:
+    for batch in trainer.batches:
+        pairs = batch["pairs"]
+        for i, pair in enumerate(pairs):
+            row, segment, rejected = pair.row, pair.entry.segment, pair.rejected
+            chosen = row["chosen_ids"]
+            assert rejected.ids[: segment.start] == chosen[: segment.start]  # A is shared
+            if rejected.c_kept:
+                kept = rejected.ids[rejected.end :]
+                assert kept == chosen[segment.end :][: len(kept)]
+            else:
+                assert rejected.ids[rejected.end :] == []
+            assert len(row["prompt_ids"]) + len(rejected.ids) <= trainer.args.max_length
+            for half, response in ((i, chosen), (len(pairs) + i, rejected.ids)):
+                mask, ids = batch["response_mask"][half], batch["input_ids"][half]
+                assert mask.sum() == len(response)  # only response tokens are scored
+                assert ids[-len(mask) :][mask].tolist() == response
+
+
+VARIANTS = {
+    "responses_per_prompt": {"responses_per_prompt": 4},
+    "on_policy": {"on_policy": True},
+    "no_segment": {"no_segment": True},
+    "anywhere": {"segment_start": "anywhere"},
+    "reference_ema": {"reference": "ema", "reference_interval": 2},
+    "reference_policy": {"reference": "policy", "reference_interval": 2},
+    "reference_fixed": {"reference": "fixed"},
+    "orpo": {"loss_type": "orpo"},
+    "orpo_sequence": {"loss_type": "orpo", "nll_scope": "sequence"},
+    "truncate": {"on_eos": "truncate"},
+    "keep_tail": {"on_eos": "keep_tail"},
+    "greedy": {"temperature": 0.0},
+    "window": {"max_length": 40},  # most responses are cut
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("sampler", [None, LoudSampler], ids=["hf", "loud"])
+def test_variant(run, variant, sampler):
+    trainer = run(sampler, **VARIANTS[variant])
+    assert trainer.state.global_step == 6
+    assert_pairs_hold(trainer)
+
+
+@pytest.mark.parametrize(("on_eos", "kept"), [("truncate", False), ("keep_tail", True)])
+def test_c_is_dropped_or_kept_after_an_end_of_turn(run, on_eos, kept):
+    trainer = run(LoudSampler, on_eos=on_eos, segment_length=3)
+    end = trainer.processing_class.eos_token_id
+    pairs = [pair for batch in trainer.batches for pair in batch["pairs"]]
+    ended = [p for p in pairs if end in p.entry.replacement and p.entry.segment.end < len(p.row["chosen_ids"])]
+    assert ended
+    assert {p.rejected.c_kept for p in ended} == {kept}
+
+
+@pytest.mark.slow
+def test_buffer_in_the_trainer_matches_an_independent_simulation(run):
+    """300 steps of 4 in and 4 out, capacity 50: ages, counts and evictions of a plain list with a cumulative sum."""
+    steps, capacity = 300, 50
+    trainer = run(LoudSampler, max_steps=steps, replay_buffer_size=capacity, num_train_epochs=100)
+    plain: list[list[int]] = []  # [id, count, step]
+    ages = []
+    for step in range(steps):
+        added = len(trainer.row_order.at(step))
+        first = plain[-1][0] + 1 if plain else 0
+        plain = [*plain, *([first + i, 0, step] for i in range(added))][-capacity:]
+        by_slot = sorted(plain, key=lambda entry: entry[0] % capacity)
+        edges = np.cumsum([1 / (count + 1) for _, count, _ in by_slot])
+        numbers = self_play.generator(trainer.args.seed, self_play.DRAWS, step).random(4) * edges[-1]
+        drawn = [by_slot[int(np.searchsorted(edges, number, side="right"))] for number in numbers]
+        ages.append(float(np.mean([step - entry[2] for entry in drawn])))
+        for entry in drawn:
+            entry[1] += 1
+    logged = [entry["buffer/age_steps"] for entry in trainer.state.log_history if "buffer/age_steps" in entry]
+    assert logged == ages
+    assert {i: trainer.buffer.count(i) for i, _, _ in plain} == {i: count for i, count, _ in plain}
+    assert trainer.buffer.evicted == 4 * steps - capacity
