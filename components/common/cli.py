@@ -297,12 +297,17 @@ def run_stage(main: Callable[[Sequence[str]], None]) -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         main(sys.argv[1:])
-    except UserError as error:
-        print(f"{stage}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{stage}: interrupted", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:  # `--help | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except UserError as error:
+        print(f"{stage}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        if "No space left on device" not in str(error):
+            raise
+        print(f"{stage}: error: the disk is full: {error}; free some space and run the command again", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"{stage}: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -17,6 +17,7 @@ class ReportConfig(StageConfig):
     )
     title: str = setting("SAPO: comparison of models", "Heading of the report.")
     baseline_name: str = setting("sft", "Name of the evaluation that deltas are taken against.")
+    base_name: str = setting("base", "Name of the evaluation of the model that nothing was trained for.")
     pairs_per_report: int = setting(24, "Sampled pairs to show, shared out evenly among the runs that logged pairs.")
     html_file: str | None = setting(None, "Also write the HTML page to this file (KFP's HTML artifact).")
     markdown_file: str | None = setting(None, "Also write the Markdown to this file (KFP's Markdown artifact).")

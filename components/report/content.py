@@ -159,7 +159,7 @@ def _missing(config: ReportConfig, evaluations: list[Evaluation], trainings: lis
         notes.append(f"No evaluation is named {config.baseline_name!r}, so there are no deltas.")
     if not trainings:
         notes.append("No training log was given, so there are no curves and no sampled pairs.")
-    elif untrained := [name for name in evaluated if name not in trained]:
+    elif untrained := [name for name in evaluated if name not in (*trained, config.base_name)]:
         notes.append(f"Without a training log, so without curves: {', '.join(untrained)}.")
     if evaluations and (unevaluated := [name for name in trained if name not in evaluated]):
         notes.append(f"Trained but not evaluated: {', '.join(unevaluated)}.")

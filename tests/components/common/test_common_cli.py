@@ -145,3 +145,32 @@ def test_output_that_is_a_file_is_refused(tmp_path):
 
 def test_parents_of_the_output_are_made(tmp_path):
     assert cli.prepare_output(str(tmp_path / "a" / "b"), overwrite=False).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("rate = 2: must be within [0, 1]"), 2, "error: rate = 2: must be within [0, 1]"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(28, "No space left on device"), 1, "the disk is full"),
+    ],
+)
+def test_a_stage_ends_with_one_line_and_an_exit_code(error, code, message, capsys, monkeypatch):
+    def main(argv):
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["stage"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run_stage(main)
+    said = capsys.readouterr().err
+    assert stopped.value.code == code
+    assert message in said and said.count("\n") == 1
+
+
+def test_a_bug_keeps_its_stack_trace(monkeypatch):
+    def main(argv):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("sys.argv", ["stage"])
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.run_stage(main)

@@ -105,6 +105,29 @@ def test_resumed_equals_uninterrupted(build, tmp_path, case):
         assert (directory / "pairs.jsonl").read_text() == (tmp_path / "whole" / "pairs.jsonl").read_text()
 
 
+@pytest.mark.parametrize("call", [15, 16])
+def test_killed_between_micro_batches(build, tmp_path, call):
+    """The eighth step dies before its first or its second micro-batch; the checkpoint of step 6 is the newest."""
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 3}
+    whole = build(tmp_path / "whole", **settings)
+    whole.train()
+    killed = build(tmp_path / "cut", **settings)
+    compute_loss, calls = killed.compute_loss, iter(range(1, 100))
+
+    def die(*args, **kwargs):
+        if next(calls) == call:
+            raise RuntimeError("killed")
+        return compute_loss(*args, **kwargs)
+
+    killed.compute_loss = die
+    with pytest.raises(RuntimeError, match="killed"):
+        killed.train()
+    resumed = build(tmp_path / "cut", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed._resumed.step == 6
+    assert_equal_runs(resumed, whole)
+
+
 def test_interrupted_many_times(build, tmp_path):
     whole = build(tmp_path / "whole")
     whole.train()
