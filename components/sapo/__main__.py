@@ -19,6 +19,7 @@ from typing import Any
 
 from components.common.cli import ConfigParser, check_output, prepare_output, run_stage
 from components.common.conversations import read_rows
+from components.common.errors import UserError
 from components.common.kfp_outputs import publish
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,10 @@ def main(argv: Sequence[str]) -> None:
         return
     stage, args = parser.parse(argv)
 
+    if args.eval_strategy != "no" and stage.eval_rows == 0:
+        raise UserError(
+            f"eval_strategy = {args.eval_strategy.value} needs held-out rows; raise eval_rows, or set it to no"
+        )
     checkpoint = _checkpoint_to_resume(stage)
     tokenizer = load_tokenizer(stage.model)
     max_prompt_length = min(stage.max_prompt_length, args.max_length)
@@ -64,11 +69,11 @@ def main(argv: Sequence[str]) -> None:
 
 def _checkpoint_to_resume(stage: Any) -> Path | None:
     """The checkpoint to go on from, or None for a new run; refuses an output that holds something else."""
-    from components.sapo.checkpoint import complete_checkpoints
+    from components.sapo.checkpoint import complete_checkpoints, require_complete
 
     output = Path(stage.output)
     if stage.resume_from:
-        return Path(stage.resume_from)
+        return require_complete(Path(stage.resume_from))
     if stage.overwrite or not output.is_dir():
         check_output(stage.output, stage.overwrite)
         return None

@@ -112,12 +112,21 @@ def remove_old(directory: Path, keep: int) -> None:
             shutil.rmtree(path)
 
 
-def _verified(directory: Path) -> dict[str, Any]:
-    path = directory / MANIFEST
-    if not path.is_file():
+def require_complete(directory: Path) -> Path:
+    """The directory, if it has a manifest; its files are checked when it is read.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not (directory / MANIFEST).is_file():
         raise UserError(
             f"{directory}: is not a complete checkpoint (no {MANIFEST}); an older one may be: --resume_from DIR"
         )
+    return directory
+
+
+def _verified(directory: Path) -> dict[str, Any]:
+    path = require_complete(directory) / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["kind"] != KIND or manifest["schema"] != SCHEMA:

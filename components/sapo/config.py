@@ -103,6 +103,8 @@ class SAPOConfig(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = torch.cuda.is_available()
         super().__post_init__()
+        if self.world_size > 1:
+            raise ValueError(f"started with {self.world_size} processes: SAPO runs in one; start it without a launcher")
 
     def _check(self) -> None:
         for name in ("segment_length", "max_new_tokens", "responses_per_prompt", "replay_buffer_size", "ema_interval"):
@@ -122,8 +124,12 @@ class SAPOConfig(TrainingArguments):
         self._require("reference_interval", interval == "epoch" or int(interval) >= 1, "must be 1 or more, or `epoch`")
         strategy = str(getattr(self.save_strategy, "value", self.save_strategy))
         self._require("save_strategy", strategy in ("no", "steps", "epoch"), "must be steps, epoch or no")
-        has_8_bit = "8bit" not in str(self.optim) or importlib.util.find_spec("bitsandbytes") is not None
-        self._require("optim", has_8_bit, "needs the package bitsandbytes, which is not installed")
+        needs_bitsandbytes = (
+            any(part in str(self.optim) for part in ("8bit", "bnb", "paged")) and "torch" not in self.optim
+        )
+        missing = needs_bitsandbytes and importlib.util.find_spec("bitsandbytes") is None
+        self._require("optim", not missing, "needs the package bitsandbytes, which is not installed")
+        self._require("fp16", not self.fp16, "is not offered; use bf16")
         limit = self.save_total_limit
         self._require("save_total_limit", limit is None or limit >= 1, "must be 1 or more, or none to keep all")
 

@@ -85,8 +85,6 @@ class SAPOTrainer(Trainer):
         if isinstance(model, str):
             processing_class = processing_class or load_tokenizer(model)
             model = load_model(model, torch.float32)
-        if args.world_size > 1:
-            raise ValueError(f"{args.world_size} processes: SAPOTrainer runs in one process")
         if processing_class is None:
             raise ValueError("processing_class: is needed when model is not a directory")
         _disable_dropout(model)

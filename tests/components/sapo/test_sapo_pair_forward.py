@@ -34,6 +34,13 @@ def test_collate_aligns_responses_in_the_last_columns():
     assert batch["response_mask"].int().tolist() == [[0, 0, 0, 1, 1], [1, 1, 1, 1, 1]]
 
 
+def test_a_real_token_that_equals_the_padding_is_attended_to():
+    """Pad and end of turn share an id in ChatML: masks go by position, never by id."""
+    batch = collate([Sequence([5, 9], [8, 9]), Sequence([5], [9])], pad_id=9)
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
+    assert batch["response_mask"].int().tolist() == [[1, 1], [0, 1]]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_batch_equals_single_sequences(family):
     model = tiny(family)

@@ -101,6 +101,14 @@ def test_empty_data_set(tmp_path, micro_model):
         ({"loss_type": "ipo"}, "loss_type = 'ipo' is not valid: .*'dpo' or 'orpo'"),
         ({"settings": '{"emadecay": 1}'}, "--settings: unknown setting 'emadecay'; did you mean 'ema_decay'"),
         ({"output_dir": "x"}, "unknown argument '--output_dir'"),
+        ({"eval_strategy": "steps", "eval_rows": 0}, "eval_strategy = steps needs held-out rows; raise eval_rows"),
+        ({"nll_scope": "sequence"}, "`sequence` is for loss_type = orpo"),
+        ({"optim": "adamw_8bit"}, "needs the package bitsandbytes"),
+        ({"optim": "adamm"}, "adamm is not a valid OptimizerNames, please select one of"),
+        ({"lr_scheduler_type": "zigzag"}, "zigzag is not a valid SchedulerType, please select one of"),
+        ({"fp16": "true"}, "fp16 = True: is not offered; use bf16"),
+        ({"save_total_limit": 0}, "save_total_limit = 0: must be 1 or more"),
+        ({"resume_from": "nowhere"}, "nowhere: is not a complete checkpoint"),
     ],
 )
 def test_wrong_input(change, message, tmp_path, chat_data, micro_model):
