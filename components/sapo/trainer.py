@@ -12,8 +12,8 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,15 @@ from components.sapo.checkpoint import CheckpointReader, CheckpointWriter
 from components.sapo.config import SAPOConfig
 from components.sapo.ema import EMA, copy_weights, frozen_copy, relative_distance
 from components.sapo.losses import PairLoss, dpo_loss, orpo_loss
-from components.sapo.pair_forward import Sequence, collate, response_logps, sequence_nll
+from components.sapo.pair_forward import (
+    PairBatch,
+    PairIds,
+    collate,
+    response_logps,
+    sequence_nll,
+    shared_prefix_attention,
+    supports_shared_prefix,
+)
 from components.sapo.pair_log import PairLog
 from components.sapo.replay_buffer import Entry, ReplayBuffer
 from components.sapo.samplers import Sampler, SamplingSettings
@@ -107,6 +115,7 @@ class SAPOTrainer(Trainer):
             self.reference.to(self.args.device)
         self.stop_ids = _stop_ids(model, processing_class)
         self.pad_id = int(processing_class.pad_token_id)
+        self.share_prefix = supports_shared_prefix(model)
         self.sampler = sampler or self._default_sampler()
         self.buffer = ReplayBuffer(args.replay_buffer_size)
         self.row_order = self_play.RowOrder(len(train_rows), self._rows_per_step(), args.seed)
@@ -162,11 +171,15 @@ class SAPOTrainer(Trainer):
     def _collate(self, drawn: list[tuple[int, Entry]]) -> dict[str, Any]:
         """Chosen responses in the first half of the batch, rejected ones in the second."""
         pairs = [_Pair(self.train_dataset[entry.row], entry, self._rejected(entry)) for _, entry in drawn]
-        batch = _collate_pairs(pairs, self.pad_id)
+        batch = self._collate_pairs(pairs)
         for _, entry in drawn:
             self._metrics["buffer/age_steps"].append(self.state.global_step - entry.step)
             self._metrics["buffer/age_versions"].append(self.sampler.version - entry.version)
-        return {**batch, "pairs": pairs}
+        return {"batch": batch, "pairs": pairs, "input_ids": batch.model_inputs["input_ids"]}
+
+    def _collate_pairs(self, pairs: list["_Pair"]) -> PairBatch:
+        ids = [PairIds(pair.row["prompt_ids"], pair.row["chosen_ids"], pair.rejected.ids) for pair in pairs]
+        return collate(ids, self.pad_id, self.share_prefix)
 
     def _rejected(self, entry: Entry) -> Rejected:
         return self_play.rejected_response(self.train_dataset[entry.row], entry, self.args, self.stop_ids)
@@ -174,7 +187,8 @@ class SAPOTrainer(Trainer):
     # ---- The training stage ---------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        with self._timed("train"):
+        attention = shared_prefix_attention(self.policy) if self.share_prefix else nullcontext()
+        with self._timed("train"), attention:
             return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
@@ -184,29 +198,35 @@ class SAPOTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        pairs = inputs.pop("pairs")
-        logps = response_logps(model, inputs)
-        loss = self._pair_loss(model, logps, inputs)
-        self._record_training(loss, logps.detach(), pairs, inputs)
+        pairs, batch = inputs["pairs"], inputs["batch"].to(self.args.device)
+        # Mixed precision by hand: accelerate wraps the model's outer forward only, and pairs go to the decoder itself.
+        with self.accelerator.autocast():
+            logps = response_logps(self.policy, batch)
+            loss = self._pair_loss(logps, batch, pairs)
+        self._record_training(loss, logps.detach(), pairs, batch)
         return loss.losses.mean()
 
-    def _pair_loss(self, model: nn.Module, logps: Tensor, batch: dict[str, Tensor]) -> PairLoss:
+    def _pair_loss(self, logps: Tensor, batch: PairBatch, pairs: list["_Pair"]) -> PairLoss:
         """The loss of Eq. 1 or Eq. 3 from per-token log-probs, (2 * pairs, longest response)."""
         if self.reference is None:
-            chosen, rejected = (logps.sum(dim=1) / batch["response_mask"].sum(dim=1)).chunk(2)
-            whole = self.args.nll_scope == "sequence"
-            nll = sequence_nll(model, batch, rows=len(chosen)) if whole else -chosen
+            chosen, rejected = (logps.sum(dim=1) / batch.response_mask.sum(dim=1)).chunk(2)
+            nll = self._sequence_nll(pairs) if self.args.nll_scope == "sequence" else -chosen
             return orpo_loss(chosen, rejected, nll, self.args.orpo_lambda)
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad():
             reference_chosen, reference_rejected = response_logps(self.reference, batch).sum(dim=1).chunk(2)
         chosen, rejected = logps.sum(dim=1).chunk(2)
         return dpo_loss(chosen, rejected, reference_chosen, reference_rejected, self.args.beta)
 
-    def _record_training(self, loss: PairLoss, logps: Tensor, pairs: list["_Pair"], batch: dict[str, Tensor]) -> None:
+    def _sequence_nll(self, pairs: list["_Pair"]) -> Tensor:
+        chosen = [(pair.row["prompt_ids"], pair.row["chosen_ids"]) for pair in pairs]
+        return sequence_nll(self.policy, chosen, self.pad_id, self.share_prefix)
+
+    def _record_training(self, loss: PairLoss, logps: Tensor, pairs: list["_Pair"], batch: PairBatch) -> None:
         margins = loss.chosen_rewards - loss.rejected_rewards
         chosen, rejected = logps.sum(dim=1).chunk(2)
-        b = _segment_sums(logps, [(p.entry.segment.start, p.entry.segment.end) for p in pairs], batch, first_row=0)
-        b_prime = _segment_sums(logps, [(p.rejected.start, p.rejected.end) for p in pairs], batch, len(pairs))
+        of_chosen, of_rejected = logps.chunk(2)
+        b = _segment_sums(of_chosen, [(p.entry.segment.start, p.entry.segment.end) for p in pairs])
+        b_prime = _segment_sums(of_rejected, [(p.rejected.start, p.rejected.end) for p in pairs])
         recorded = {
             "rewards/chosen": loss.chosen_rewards,
             "rewards/rejected": loss.rejected_rewards,
@@ -216,7 +236,7 @@ class SAPOTrainer(Trainer):
             "logps/rejected": rejected,
             "logps/b": b,
             "logps/b_prime": b_prime,
-            "tokens/pair": batch["attention_mask"].sum(dim=1).view(2, -1).sum(dim=0),
+            "tokens/pair": batch.tokens,
         }
         for name, values in recorded.items():
             self._metrics[name] += values.tolist()
@@ -270,12 +290,11 @@ class SAPOTrainer(Trainer):
         was_training = model.training
         model.eval()
         for low in range(0, len(pairs), self.args.per_device_eval_batch_size):
-            batch = _collate_pairs(pairs[low : low + self.args.per_device_eval_batch_size], self.pad_id)
-            batch = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
+            batch = self._collate_pairs(pairs[low : low + self.args.per_device_eval_batch_size]).to(self.args.device)
             with self.accelerator.autocast():
                 logps = response_logps(model, batch).sum(dim=1)
             if self.reference is None:
-                logps = logps / batch["response_mask"].sum(dim=1)
+                logps = logps / batch.response_mask.sum(dim=1)
             scores.append(torch.stack(logps.chunk(2)).cpu())
         model.train(was_training)
         return torch.cat(scores, dim=1)
@@ -472,20 +491,9 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def _collate_pairs(pairs: list[_Pair], pad_id: int) -> dict[str, Tensor]:
-    chosen = [Sequence(pair.row["prompt_ids"], pair.row["chosen_ids"]) for pair in pairs]
-    rejected = [Sequence(pair.row["prompt_ids"], pair.rejected.ids) for pair in pairs]
-    return collate(chosen + rejected, pad_id)
-
-
-def _segment_sums(logps: Tensor, spans: list[tuple[int, int]], batch: Mapping[str, Tensor], first_row: int) -> Tensor:
-    """Sum of log-probs over a span of response tokens of each row, (spans,); responses end in the last column."""
-    width = logps.shape[1]
-    sums = []
-    for i, (start, end) in enumerate(spans, start=first_row):
-        first_column = width - int(batch["response_mask"][i].sum())
-        sums.append(logps[i, first_column + start : first_column + end].sum())
-    return torch.stack(sums)
+def _segment_sums(logps: Tensor, spans: list[tuple[int, int]]) -> Tensor:
+    """Sum of log-probs over a span of response tokens of each row, (rows,)."""
+    return torch.stack([row[start:end].sum() for row, (start, end) in zip(logps, spans, strict=True)])
 
 
 def _tokenised(

@@ -2,14 +2,17 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 
 from components.common.models import load_model, load_tokenizer
 from components.sapo.config import SAPOConfig
-from components.sapo.pair_forward import Sequence, collate, response_logps, sequence_nll
-from components.sapo.trainer import SAPOTrainer
+from components.sapo.pair_forward import response_logps
+from components.sapo.replay_buffer import Entry
+from components.sapo.segments import Rejected, Segment
+from components.sapo.trainer import SAPOTrainer, _Pair
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
@@ -36,9 +39,12 @@ def our_loss(policy, reference, tmp_path, micro_model, **settings):
     trainer = SAPOTrainer(policy, args, [row], processing_class=tokenizer)
     if trainer.reference is not None:
         trainer.reference.load_state_dict(reference.state_dict())
-    batch = collate([Sequence(PROMPT, CHOSEN), Sequence(PROMPT, REJECTED)], trainer.pad_id)
+    entry = Entry(0, Segment(1, 4), np.array(REJECTED[1:], dtype=np.int32), step=0, version=0)
+    pairs = [_Pair(row, entry, Rejected(REJECTED, 1, 6, c_kept=False))]  # type: ignore[arg-type]
+    batch = trainer._collate_pairs(pairs)
+    assert batch.spans is not None  # the packed form
     policy.zero_grad()
-    return trainer._pair_loss(policy, response_logps(policy, batch), batch).losses.mean()
+    return trainer._pair_loss(response_logps(policy, batch), batch, pairs).losses.mean()
 
 
 def gradients(model) -> torch.Tensor:
@@ -100,12 +106,3 @@ def _trl_orpo_batch(pad_id: int) -> dict[str, torch.Tensor]:
         batch[f"{name}_attention_mask"] = torch.ones_like(batch[f"{name}_input_ids"])
         batch[f"{name}_labels"] = torch.tensor([[-100] * len(PROMPT) + response])
     return batch
-
-
-def test_sequence_nll_is_transformers_own_loss(models):
-    policy, _ = models
-    sequences = [Sequence(PROMPT, CHOSEN), Sequence(PROMPT[:2], REJECTED)]
-    nll = sequence_nll(policy, collate(sequences, pad_id=0), rows=2)
-    for value, sequence in zip(nll, sequences, strict=True):
-        ids = torch.tensor([sequence.prompt_ids + sequence.response_ids])
-        assert value.item() == pytest.approx(policy(input_ids=ids, labels=ids).loss.item(), abs=1e-5)

@@ -55,7 +55,7 @@ def run(tmp_path, micro_model, chat_data):
 
 def assert_pairs_hold(trainer: Watched) -> None:
     for batch in trainer.batches:
-        pairs = batch["pairs"]
+        pairs, inputs = batch["pairs"], batch["batch"]
         for i, pair in enumerate(pairs):
             row, segment, rejected = pair.row, pair.entry.segment, pair.rejected
             chosen = row["chosen_ids"]
@@ -67,9 +67,8 @@ def assert_pairs_hold(trainer: Watched) -> None:
                 assert rejected.ids[rejected.end :] == []
             assert len(row["prompt_ids"]) + len(rejected.ids) <= trainer.args.max_length
             for half, response in ((i, chosen), (len(pairs) + i, rejected.ids)):
-                mask, ids = batch["response_mask"][half], batch["input_ids"][half]
-                assert mask.sum() == len(response)  # only response tokens are scored
-                assert ids[-len(mask) :][mask].tolist() == response
+                assert inputs.response_mask[half].sum() == len(response)  # only response tokens are scored
+                assert inputs.targets[inputs.sources[inputs.rows == half]].tolist() == response
 
 
 VARIANTS = {

@@ -1,57 +1,158 @@
-"""Padded, batched log-probs equal those of each sequence on its own, computed the plainest way."""
+"""Packed, padded and single sequences give the same log-probs, losses and gradients, on every family that is packed."""
 
 import pytest
 import torch
+from torch.nn import functional as F  # noqa: N812
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from components.sapo.pair_forward import Sequence, collate, response_logps, token_logps
+from components.sapo import pair_forward
+from components.sapo.losses import dpo_loss, orpo_loss
+from components.sapo.pair_forward import PairIds, Span, collate, response_logps, sequence_nll, token_logps
 
-SEQUENCES = [
-    Sequence([5, 6, 7], [8, 9]),
-    Sequence([5], [8, 9, 10, 11, 12]),
-    Sequence([5, 6, 7, 8, 9, 10, 11], [3]),
+#         prompt                 chosen                rejected
+PAIRS = [
+    PairIds([5, 6, 7], [8, 9, 10, 2], [8, 11, 12, 10, 2]),  # A B C
+    PairIds([5], [8, 9, 2], [11, 2]),  # A empty, B' ends early
+    PairIds([5, 6, 7, 8, 9, 10, 11], [3, 4, 5, 2], [3, 4, 5, 6]),  # C empty
+    PairIds([5, 6], [2], [3]),  # one-token responses
+    PairIds([5, 6], [8, 9, 2], [8, 9, 2]),  # B' is B
+    PairIds([5, 6, 7], [8, 9, 10, 11, 2], [8, 9]),  # rejected is a beginning of chosen
 ]
 FAMILIES = {
     "llama": {},
     "mistral": {"sliding_window": 4},
     "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "gpt_neox": {},  # not packed: falls back to padded rows
 }
 
 
-def tiny(family: str) -> torch.nn.Module:
+def tiny(family: str, **more: object) -> torch.nn.Module:
     torch.manual_seed(0)
     sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    config = AutoConfig.for_model(family, **sizes, **heads, **FAMILIES[family])
+    config = AutoConfig.for_model(family, **(sizes | heads | FAMILIES[family] | more))
     return AutoModelForCausalLM.from_config(config).float().eval()
 
 
-def test_collate_aligns_responses_in_the_last_columns():
-    batch = collate(SEQUENCES[:2], pad_id=0)
-    assert batch["input_ids"].tolist() == [[0, 5, 6, 7, 8, 9], [5, 8, 9, 10, 11, 12]]
-    assert batch["attention_mask"].tolist() == [[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]
-    assert batch["position_ids"].tolist() == [[0, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5]]
-    assert batch["response_mask"].int().tolist() == [[0, 0, 0, 1, 1], [1, 1, 1, 1, 1]]
+def alone(model: torch.nn.Module, prompt: list[int], response: list[int]) -> torch.Tensor:
+    """The plainest way: one sequence, all logits, log_softmax."""
+    logps = torch.log_softmax(model(torch.tensor([prompt + response])).logits[0, :-1], dim=-1)
+    return logps[len(prompt) - 1 :].gather(1, torch.tensor(response).unsqueeze(1)).squeeze(1)
 
 
-def test_a_real_token_that_equals_the_padding_is_attended_to():
-    """Pad and end of turn share an id in ChatML: masks go by position, never by id."""
-    batch = collate([Sequence([5, 9], [8, 9]), Sequence([5], [9])], pad_id=9)
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
-    assert batch["response_mask"].int().tolist() == [[1, 1], [0, 1]]
+def test_packed_layout():
+    batch = collate(PAIRS[:2], pad_id=0, share=True)
+    assert batch.model_inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 11, 12, 10, 5, 8, 9, 11]]
+    assert batch.model_inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 4, 5, 6, 0, 1, 2, 1]]
+    assert batch.spans == [Span(0, 4, 2, 3), Span(9, 1, 2, 1)]
+    assert batch.targets.tolist() == [8, 9, 10, 2, 11, 12, 10, 2, 8, 9, 2, 11, 2]
+    assert batch.predictors.tolist() == [2, 3, 4, 5, 3, 6, 7, 8, 9, 10, 11, 9, 12]
+    assert batch.response_mask.sum(dim=1).tolist() == [4, 3, 5, 2]
+    assert batch.tokens.tolist() == [15, 7]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_batch_equals_single_sequences(family):
+def test_padded_layout_masks_by_position_not_by_id():
+    """Pad and end of turn may share an id: a real token that equals it is attended to."""
+    batch = collate([PairIds([5, 2], [8, 2], [2])], pad_id=2, share=False)
+    assert batch.model_inputs["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    assert batch.response_mask.int().tolist() == [[1, 1], [1, 0]]
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gpt_neox"])
+def test_log_probs_are_those_of_single_sequences(family, share):
     model = tiny(family)
-    logps = response_logps(model, collate(SEQUENCES, pad_id=0))
-    for row, sequence in zip(logps, SEQUENCES, strict=True):
-        ids = torch.tensor([sequence.prompt_ids + sequence.response_ids])
-        alone = torch.log_softmax(model(ids).logits[0, :-1].double(), dim=-1)
-        start = len(sequence.prompt_ids) - 1
-        expected = [alone[start + i, token].item() for i, token in enumerate(sequence.response_ids)]
-        assert row[-len(expected) :].tolist() == pytest.approx(expected, abs=2e-5)
-        assert not row[: -len(expected)].any()
+    logps = response_logps(model, batch := collate(PAIRS, pad_id=0, share=share))
+    assert logps.dtype == torch.float32
+    for i, pair in enumerate(PAIRS):
+        for row, response in ((i, pair.chosen), (len(PAIRS) + i, pair.rejected)):
+            torch.testing.assert_close(logps[row][batch.response_mask[row]], alone(model, pair.prompt, response))
+    assert not logps[~batch.response_mask].any()
+
+
+@pytest.mark.parametrize("loss_type", ["dpo", "orpo"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_losses_and_gradients_are_those_of_single_sequences(family, loss_type):
+    def loss(rows: list[torch.Tensor]) -> torch.Tensor:
+        sums, means = torch.stack([row.sum() for row in rows]), torch.stack([row.mean() for row in rows])
+        if loss_type == "dpo":
+            chosen, rejected = sums.chunk(2)
+            return dpo_loss(chosen, rejected, chosen.detach() - 1, rejected.detach() + 1, 0.5).losses.mean()
+        chosen, rejected = means.chunk(2)
+        return orpo_loss(chosen, rejected, -chosen, 0.5).losses.mean()
+
+    def gradient(rows: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss(rows), list(model.parameters()))])
+
+    model = tiny(family)
+    responses = [(p.prompt, p.chosen) for p in PAIRS] + [(p.prompt, p.rejected) for p in PAIRS]
+    expected = gradient([alone(model, *sequence) for sequence in responses])
+    for share in (True, False):
+        batch = collate(PAIRS, pad_id=0, share=share)
+        logps = response_logps(model, batch)
+        ours = gradient([row[mask] for row, mask in zip(logps, batch.response_mask, strict=True)])
+        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_packing_does_not_depend_on_the_company():
+    model = tiny("llama")
+    together = response_logps(model, collate(PAIRS, pad_id=0, share=True))
+    for i, pair in enumerate(PAIRS):
+        single = response_logps(model, collate([pair], pad_id=0, share=True))
+        torch.testing.assert_close(together[[i, len(PAIRS) + i], : single.shape[1]], single)
+
+
+def test_gradient_checkpointing_recomputes_with_the_same_attention():
+    gradients = []
+    for checkpointed in (False, True):
+        model = tiny("llama").train()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with pair_forward.shared_prefix_attention(model):
+            response_logps(model, collate(PAIRS, pad_id=0, share=True)).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*gradients)
+
+
+def test_attention_is_put_back():
+    model = tiny("llama")
+    before = model.config._attn_implementation
+    response_logps(model, collate(PAIRS, pad_id=0, share=True))
+    assert model.config._attn_implementation == before
+
+
+def test_other_architectures_are_padded_and_say_so(caplog):
+    caplog.set_level("INFO")
+    assert not pair_forward.supports_shared_prefix(tiny("gpt_neox"))
+    assert "pairs are padded instead" in caplog.text
+    assert pair_forward.supports_shared_prefix(tiny("llama"))
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 512])
+def test_chunks_equal_full_logits(monkeypatch, chunk):
+    monkeypatch.setattr(pair_forward, "CHUNK", chunk)
+    torch.manual_seed(0)
+    hidden, targets = torch.randn(10, 8, requires_grad=True), torch.randint(0, 50, (10,))
+    head = torch.nn.Linear(8, 50)
+    weights = torch.randn(10)
+    ours = pair_forward.chunked_logps(hidden, head, targets)
+    full = -F.cross_entropy(head(hidden), targets, reduction="none")
+    torch.testing.assert_close(ours, full)
+    mine = torch.autograd.grad((weights * ours).sum(), [hidden, head.weight, head.bias])
+    theirs = torch.autograd.grad((weights * full).sum(), [hidden, head.weight, head.bias])
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_sequence_nll_is_transformers_own_loss(share):
+    model = tiny("llama")
+    sequences = [([5, 6, 7], [8, 9]), ([5], [8, 9, 10, 2])]
+    nll = sequence_nll(model, sequences, pad_id=0, share=share)
+    for value, (prompt, response) in zip(nll, sequences, strict=True):
+        ids = torch.tensor([prompt + response])
+        assert value.item() == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), abs=1e-5)
 
 
 def test_log_probs_are_float32_even_of_bfloat16_logits():
