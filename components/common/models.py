@@ -1,5 +1,6 @@
 """Loading what the model stage (or a training stage) wrote. Needs torch and transformers."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,12 @@ from transformers.utils import logging as transformers_logging
 from components.common.chat_templates import require_chat_template
 from components.common.errors import UserError
 from components.common.locations import existing_path
+
+
+def quiet_bars() -> None:
+    """Switches the bars of transformers off where they would fill a log line by line."""
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
 
 
 def check_model_directory(model: str) -> Path:
@@ -52,7 +59,7 @@ def load_model(model: str, dtype: torch.dtype | str = "auto", **options: Any) ->
         UserError: weights are missing, truncated or of another architecture.
     """
     path = check_model_directory(model)
-    transformers_logging.disable_progress_bar()
+    quiet_bars()
     try:
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:

@@ -24,6 +24,7 @@ def main(argv: Sequence[str]) -> None:
         return
     (config,) = parser.parse(argv)
 
+    from components.common.models import quiet_bars
     from components.model.sources import check_source, load_source
     from components.model.tokens import install_chat_template
 
@@ -33,6 +34,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"plan: {plan}; chat template {config.chat_template}; writes {config.output}")
         return
 
+    quiet_bars()
     model, tokenizer = load_source(config)
     install_chat_template(model, tokenizer, config.chat_template)
     require_chat_template(tokenizer, config.source)

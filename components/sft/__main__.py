@@ -51,10 +51,11 @@ def main(argv: Sequence[str]) -> None:
 
 def _dataset(tokenizer: Any, stage: Any, args: Any, split: str, limit: int | None) -> tuple[Any, int]:
     """Rows as (`input_ids`, `completion_mask`), 1 on response tokens; and how many were dropped."""
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
 
     from components.common.chat_templates import encode_rows
 
+    disable_progress_bars()  # of what TRL maps over the rows; training has its own
     rows = read_rows(stage.data, split)[:limit]
     encoded, dropped = encode_rows(tokenizer, rows, min(stage.max_prompt_length, args.max_length), args.max_length)
     columns = {

@@ -31,4 +31,5 @@ class SFTSettings(SFTConfig):
             raise ValueError(f"max_length = {self.max_length}: must be 2 or more (a prompt and a response)")
         if self.bf16 is None:
             self.bf16 = torch.cuda.is_available()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         super().__post_init__()
