@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 SHARED_PREFIX = "sapo_shared_prefix"
 # Architectures whose attention is the plain one behind transformers' attention interface, and whose logits are the output
 # embeddings times the last hidden state, with nothing after.
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 CHUNK = 512  # response tokens that are projected to the vocabulary together
 
 
