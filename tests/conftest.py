@@ -42,6 +42,12 @@ def chat_rows(count: int) -> list[dict]:
     return rows
 
 
+@pytest.fixture(autouse=True)
+def float32_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The precision that a config takes by itself depends on the processor; what tests compare must not."""
+    monkeypatch.setattr("components.common.training.has_fast_bfloat16", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def chat_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data stage's output: 48 training and 16 held-out rows."""

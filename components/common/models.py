@@ -6,7 +6,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from components.common.chat_templates import require_chat_template
@@ -68,3 +75,17 @@ def load_model(model: str, dtype: torch.dtype | str = "auto", **options: Any) ->
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
+
+
+def stop_ids(model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every token that ends a turn: the tokenizer's, and the generation config's of a model or a model directory."""
+    if isinstance(model, str):
+        try:
+            config: GenerationConfig | None = GenerationConfig.from_pretrained(model)
+        except OSError:  # a model directory may do without
+            config = None
+    else:
+        config = model.generation_config
+    configured = config.eos_token_id if config is not None else None
+    listed = configured if isinstance(configured, list) else [configured]
+    return frozenset(int(i) for i in [tokenizer.eos_token_id, *listed] if i is not None)

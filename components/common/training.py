@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from components.common.cli import REQUIRED, StageConfig, setting
@@ -21,7 +22,12 @@ class TrainingStageConfig(StageConfig):
     """Settings of every training stage."""
 
     data: str = setting(REQUIRED, "Output of the data stage (train.jsonl, test.jsonl).")
-    model: str = setting(REQUIRED, "Directory of the model to start from, with its chat template.")
+    model: str | dict[str, str] = setting(
+        REQUIRED,
+        "Directory of the model to start from, with its chat template; or a mapping of names to directories, "
+        "`{base: DIR, sft: DIR}`, of which `start` names one.",
+    )
+    start: str | None = setting(None, "Which of several models in `model` to start from.")
     name: str | None = setting(None, "What the report calls this run; default: the stage and its loss.")
     training_log: str | None = setting(
         None, "Directory for curves, pairs and TensorBoard files; default OUTPUT/training."
@@ -33,6 +39,23 @@ class TrainingStageConfig(StageConfig):
         for name, least in (("max_prompt_length", 1), ("eval_rows", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be {least} or more")
+        self.model = self._start_model()
+
+    def _start_model(self) -> str:
+        """The one directory to start from."""
+        if isinstance(self.model, str):
+            if self.start is not None:
+                raise ValueError(
+                    f"start = {self.start}: model is the single directory {self.model}; leave start out, or give "
+                    "model as a mapping such as {base: DIR, sft: DIR}"
+                )
+            return self.model
+        names = ", ".join(self.model) or "nothing"
+        if self.start is None:
+            raise ValueError(f"model names several directories ({names}): set start to one of these names")
+        if self.start not in self.model:
+            raise ValueError(f"start = {self.start}: must be a name in model, which has {names}")
+        return self.model[self.start]
 
     def log_directory(self) -> Path:
         return Path(self.training_log) if self.training_log else Path(self.output) / "training"
@@ -90,6 +113,15 @@ def stage_arguments(log_directory: Path) -> dict[str, Any]:
     """Trainer arguments that a stage sets itself, and the place of TensorBoard's files."""
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(log_directory / "tensorboard")
     return {"output_dir": str(log_directory), "disable_tqdm": True}
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether this machine multiplies bfloat16 matrices faster than float32 ones: most GPUs, and CPUs with AVX-512 BF16
+    or AMX. Elsewhere bfloat16 is emulated, a hundred times slower."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu = torch.cpu
+    return cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
 
 
 def library_versions() -> dict[str, str]:

@@ -1,0 +1,95 @@
+"""The Hugging Face sampler: limits, stops, order, reproducibility."""
+
+import pytest
+import torch
+
+from components.common.models import load_model
+from components.common.samplers import SamplingSettings, request_seed
+from components.common.samplers.hf import HFSampler, _SeededDraw
+
+PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12], [5, 6, 7, 8, 9, 10, 11, 12, 13]]
+SEEDS = [3, 4, 5]
+
+
+@pytest.fixture(scope="module")
+def model(micro_model):
+    return load_model(str(micro_model), torch.float32)
+
+
+def sampler(model, temperature=1.0, stop_ids=frozenset({1}), **options) -> HFSampler:
+    return HFSampler(model, SamplingSettings(temperature, 0, 1.0, stop_ids), pad_id=0, **options)
+
+
+def test_each_prompt_has_its_own_limit(model):
+    results = sampler(model).generate(PROMPTS, [3, 7, 1], SEEDS)
+    assert [len(tokens) for tokens in results] == [3, 7, 1]
+
+
+def test_a_stop_token_ends_a_continuation_and_is_kept(model):
+    everything = sampler(model).generate(PROMPTS, [12] * 3, SEEDS)
+    stop = everything[1][4]
+    stopped = sampler(model, stop_ids=frozenset({stop})).generate(PROMPTS, [12] * 3, SEEDS)
+    assert stopped[1] == everything[1][: everything[1].index(stop) + 1]
+    assert stopped[1][-1] == stop
+
+
+def test_same_seed_same_tokens_other_seed_other_tokens(model):
+    first, again = (sampler(model).generate(PROMPTS, [12] * 3, SEEDS) for _ in range(2))
+    other = sampler(model).generate(PROMPTS, [12] * 3, [3, 4, 6])
+    assert first == again
+    assert first[:2] == other[:2] and first[2] != other[2]
+
+
+def test_a_draw_does_not_depend_on_the_batch(model):
+    together = sampler(model).generate(PROMPTS, [12] * 3, SEEDS)
+    backwards = sampler(model).generate(PROMPTS[::-1], [12] * 3, SEEDS[::-1])
+    apart = sampler(model, batch_size=1).generate(PROMPTS, [12] * 3, SEEDS)
+    assert together == apart == backwards[::-1]
+
+
+def test_draws_follow_the_filtered_distribution():
+    """2,000 draws of p = (1/2, 1/4, 1/8, 1/8) at temperature 1 with top_k 3: (4/7, 2/7, 1/7), each within 4 sigma."""
+    scores = torch.tensor([0.5, 0.25, 0.125, 0.125]).log().repeat(2000, 1)
+    scores[:, 3] = -torch.inf
+    drawn = _SeededDraw(list(range(2000)), steps=1)(torch.zeros(2000, 1), scores).argmax(dim=1)
+    shares = drawn.bincount(minlength=4) / 2000
+    expected = torch.tensor([4 / 7, 2 / 7, 1 / 7, 0])
+    assert (shares - expected).abs().max() < 4 * 0.011
+    assert shares[3] == 0
+
+
+def test_request_seeds_differ_by_every_part():
+    seeds = {
+        request_seed(run, row, epoch, i)
+        for run in range(3)
+        for row in ("1", "11")
+        for epoch in range(3)
+        for i in (0, 1)
+    }
+    assert len(seeds) == 36
+    assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_the_process_random_state_is_left_alone(model):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    sampler(model).generate(PROMPTS, [4] * 3, SEEDS)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_greedy_does_not_depend_on_the_batch(model):
+    together = sampler(model, temperature=0).generate(PROMPTS, [8] * 3, SEEDS)
+    apart = sampler(model, temperature=0, batch_size=1).generate(PROMPTS, [8] * 3, SEEDS)
+    assert together == apart
+
+
+def test_greedy_takes_the_most_likely_token(model):
+    (tokens,) = sampler(model, temperature=0).generate(PROMPTS[:1], [1], SEEDS[:1])
+    assert tokens == [int(model(torch.tensor([PROMPTS[0]])).logits[0, -1].argmax())]
+
+
+def test_load_records_the_version(model):
+    engine = sampler(model)
+    engine.load(model.named_parameters(), version=4)
+    assert engine.version == 4
