@@ -13,6 +13,7 @@ import logging
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ TERMINATED = 143  # 128 + SIGTERM: a retry policy sees a failure, and its retry 
 
 
 def main(argv: Sequence[str]) -> None:
+    started = time.perf_counter()
     from components.common.chat_templates import encode_rows
     from components.common.models import load_config, load_model, load_tokenizer
     from components.common.training import HIDDEN
@@ -60,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
 
     output = Path(stage.output) if checkpoint else prepare_output(stage.output, overwrite=True)
     model = load_model(stage.model, "float32")
-    trainer, summary = _train(model, tokenizer, train, evaluation, stage, args, checkpoint)
+    trainer, summary = _train(model, tokenizer, train, evaluation, stage, args, checkpoint, started)
     if trainer.stop_requested:
         logger.info("stopped after step %d and saved; the same command goes on from there", trainer.state.global_step)
         sys.exit(TERMINATED)
@@ -86,7 +88,14 @@ def _checkpoint_to_resume(stage: Any) -> Path | None:
 
 
 def _train(
-    model: Any, tokenizer: Any, train: Any, evaluation: Any, stage: Any, args: Any, checkpoint: Path | None
+    model: Any,
+    tokenizer: Any,
+    train: Any,
+    evaluation: Any,
+    stage: Any,
+    args: Any,
+    checkpoint: Path | None,
+    started: float,
 ) -> tuple[Any, dict[str, float]]:
     from components.common.training import final_evaluation, show_progress, stage_arguments
     from components.sapo.trainer import SAPOTrainer
@@ -94,6 +103,7 @@ def _train(
     places = stage_arguments(stage.log_directory())
     places |= {"output_dir": str(Path(stage.output) / "checkpoints"), "log_dir": str(stage.log_directory())}
     trainer = SAPOTrainer(model, dataclasses.replace(args, **places), train, evaluation, processing_class=tokenizer)
+    trainer.started = started
     show_progress(trainer, f"sapo-{args.loss_type}")
 
     def stop(*_: object) -> None:
@@ -103,8 +113,11 @@ def _train(
     before = signal.signal(signal.SIGTERM, stop)
     try:
         summary = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+        summary |= trainer.wall_clock()
     finally:
         signal.signal(signal.SIGTERM, before)
+        if close := getattr(trainer.sampler, "close", None):
+            close()
     if evaluation is not None and not trainer.stop_requested:
         summary |= final_evaluation(trainer)
     return trainer, summary

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from transformers import TrainingArguments
 
+from components.common import training
 from components.common.cli import setting
 from components.common.training import TrainingStageConfig
 
@@ -56,13 +57,26 @@ class SAPOConfig(TrainingArguments):
     responses_per_prompt: int = setting(1, "Rejected responses generated for each row.", "1; ablated 4, 8")
 
     # The sampler
+    sampler: Literal["hf", "vllm"] = setting(
+        "hf", "Engine that writes B': transformers' generate, or vLLM in this process.", "generate in the code"
+    )
+    schedule: Literal["sync", "overlap"] = setting(
+        "sync", "`sync` is Algorithm 1; `overlap` samples for the next step while this one trains, one step staler."
+    )
+    push_interval: int = setting(1, "EMA updates between those that the sampler gets.", "1")
     temperature: float = setting(0.7, "Sampling temperature; 0 is greedy.", "not given; 0.7 in the authors' code")
     top_k: int = setting(50, "Sample among this many tokens; 0 for all.", "not given; 50 in the authors' code")
     top_p: float = setting(
         0.95, "Sample among tokens of this total probability.", "not given; 0.95 in the authors' code"
     )
     on_policy: bool = setting(False, "Sample with the policy instead of its EMA.", "ablation of Table 3")
-    sampler_batch_size: int = setting(64, "Prompts that generate together.")
+    sampler_dtype: Literal["float32", "bfloat16"] | None = setting(
+        None, "Type of the weights that sample; `none` is bfloat16 where `bf16` is on.", "bfloat16 in the code"
+    )
+    sampler_batch_size: int = setting(64, "hf: prompts that generate together.")
+    sampler_timeout: float = setting(600.0, "Seconds that one call of the engine may take, in its own thread.")
+    gpu_memory_utilization: float = setting(0.25, "vllm: share of the GPU's memory that the engine takes.")
+    sleep_level: int = setting(0, "vllm: 1 frees the engine's GPU memory between uses; 0 keeps it.")
 
     # Off-policy learning
     replay_buffer_size: int = setting(2000, "Pairs held by the replay buffer, of the whole run.", "2000")
@@ -89,7 +103,9 @@ class SAPOConfig(TrainingArguments):
     num_train_epochs: float = setting(4.0, "Passes over the rows.", "4")
     per_device_train_batch_size: int = setting(8, "Pairs of a micro-batch on each device.", "not given; 8 on 8 GPUs")
     bf16: bool | None = setting(  # type: ignore[assignment]
-        None, "Mixed precision in bfloat16; `none` means where there is a GPU.", "not given; bfloat16 in the code"
+        None,
+        "Mixed precision in bfloat16; `none` means where the GPU or CPU is fast at it.",
+        "not given; bfloat16 in the code",
     )
     seed: int = setting(42, "Seed of everything random.", "not given; 42 in the authors' code")
     save_strategy: str = setting("steps", "When to save checkpoints: steps, epoch or no.")
@@ -101,13 +117,20 @@ class SAPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self._check()
         if self.bf16 is None:
-            self.bf16 = torch.cuda.is_available()
+            self.bf16 = training.has_fast_bfloat16()
         super().__post_init__()
         if self.world_size > 1:
             raise ValueError(f"started with {self.world_size} processes: SAPO runs in one; start it without a launcher")
 
     def _check(self) -> None:
-        for name in ("segment_length", "max_new_tokens", "responses_per_prompt", "replay_buffer_size", "ema_interval"):
+        for name in (
+            "segment_length",
+            "max_new_tokens",
+            "responses_per_prompt",
+            "replay_buffer_size",
+            "ema_interval",
+            "push_interval",
+        ):
             self._require(name, getattr(self, name) >= 1, "must be 1 or more")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "sampler_batch_size"):
             self._require(name, getattr(self, name) >= 1, "must be 1 or more")
@@ -124,6 +147,16 @@ class SAPOConfig(TrainingArguments):
         self._require("reference_interval", interval == "epoch" or int(interval) >= 1, "must be 1 or more, or `epoch`")
         strategy = str(getattr(self.save_strategy, "value", self.save_strategy))
         self._require("save_strategy", strategy in ("no", "steps", "epoch"), "must be steps, epoch or no")
+        in_place = self.on_policy and self.sampler == "hf"
+        self._require(
+            "schedule", self.schedule == "sync" or not in_place, "hf reads the policy while it is trained: sync"
+        )
+        self._require(
+            "push_interval", self.push_interval == 1 or not self.on_policy, "must be 1 where on_policy is set"
+        )
+        self._require("sampler_timeout", self.sampler_timeout > 0, "must be above 0")
+        self._require("gpu_memory_utilization", 0 < self.gpu_memory_utilization < 1, "must be within (0, 1)")
+        self._require("sleep_level", self.sleep_level in (0, 1), "must be 0 or 1")
         needs_bitsandbytes = (
             any(part in str(self.optim) for part in ("8bit", "bnb", "paged")) and "torch" not in self.optim
         )
@@ -132,6 +165,20 @@ class SAPOConfig(TrainingArguments):
         self._require("fp16", not self.fp16, "is not offered; use bf16")
         limit = self.save_total_limit
         self._require("save_total_limit", limit is None or limit >= 1, "must be 1 or more, or none to keep all")
+
+    def engine_dtype(self) -> str:
+        """Type of the weights that sample."""
+        return self.sampler_dtype or ("bfloat16" if self.bf16 else "float32")
+
+    def served_dtype(self) -> torch.dtype | None:
+        """Type of the copy of the EMA that is kept for the sampler; None where it can do without.
+
+        A copy is needed where the EMA moves on while the sampler does not follow, and where generate runs in another type;
+        vLLM has a copy of its own.
+        """
+        if self.on_policy or (self.push_interval == 1 and (self.sampler == "vllm" or self.engine_dtype() == "float32")):
+            return None
+        return torch.bfloat16 if self.engine_dtype() == "bfloat16" else torch.float32
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:

@@ -40,22 +40,45 @@ class EMA:
         policy: the model to follow; copied.
         decay: the paper's alpha, in [0, 1]. 0 follows the policy, 1 never moves.
 
+        served_dtype: type of a copy for the sampler; None samples with the average where it lies.
+
     Attributes:
         model: the averaged weights, without gradients.
         version: updates done so far.
+        served: what samples: `model`, or the copy.
+        served_version: updates that `served` has.
     """
 
-    def __init__(self, policy: nn.Module, decay: float) -> None:
+    def __init__(self, policy: nn.Module, decay: float, served_dtype: torch.dtype | None = None) -> None:
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"ema_decay = {decay}: must be within [0, 1]")
         self.model = frozen_copy(policy)
+        self.served = self.model if served_dtype is None else frozen_copy(policy).to(served_dtype)
         self.decay = decay
-        self.version = 0
+        self.version = self.served_version = 0
 
     @torch.no_grad()
-    def update(self, policy: nn.Module) -> None:
-        """One step of Eq. 6 over all parameters at once; buffers (such as rotary tables) are constants."""
+    def update(self, policy: nn.Module, serve: bool = True) -> None:
+        """One step of Eq. 6 over all parameters; buffers (such as rotary tables) are constants.
+
+        Args:
+            serve: whether the copy for the sampler, if there is one, follows.
+        """
         mine = [parameter.data for parameter in self.model.parameters()]
         theirs = [parameter.data for parameter in policy.parameters()]
-        torch._foreach_lerp_(mine, theirs, 1.0 - self.decay)
+        if serve and self.served is not self.model:
+            # Each is cast while it is still in the cache: one pass over the average instead of two.
+            for average, parameter, copy_ in zip(mine, theirs, self.served.parameters(), strict=True):
+                copy_.data.copy_(average.lerp_(parameter, 1.0 - self.decay))
+        else:
+            torch._foreach_lerp_(mine, theirs, 1.0 - self.decay)
         self.version += 1
+        if serve or self.served is self.model:
+            self.served_version = self.version
+
+    def load_state_dict(self, weights: dict[str, Tensor], version: int) -> None:
+        """Puts back the average, and what is served from it."""
+        self.model.load_state_dict(weights)
+        if self.served is not self.model:
+            copy_weights(self.model, self.served)
+        self.version = self.served_version = version

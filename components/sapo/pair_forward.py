@@ -8,12 +8,17 @@ in one row without padding: linear layers run over all tokens at once, attention
 each branch over the prefix and itself, never over the other branch), and x A is computed once. Models whose attention
 cannot be swapped this way take the plain form, padded rows, with the same results to rounding.
 
+On CUDA the same visibility goes to FlexAttention as a block mask: one kernel for all pairs.
+
 Only response tokens reach the vocabulary, in chunks that are computed again in backward, so that memory does not grow with
 the number of tokens times the vocabulary.
 """
 
+from __future__ import annotations
+
+import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
@@ -30,7 +36,7 @@ SHARED_PREFIX = "sapo_shared_prefix"
 # Architectures whose attention is the plain one behind transformers' attention interface, and whose logits are the output
 # embeddings times the last hidden state, with nothing after.
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
-CHUNK = 512  # response tokens that are projected to the vocabulary together
+CHUNK = 256  # response tokens that are projected to the vocabulary together
 
 
 @dataclass(frozen=True)
@@ -82,10 +88,63 @@ class PairBatch:
     response_mask: Tensor
     tokens: Tensor
 
-    def to(self, device: torch.device) -> "PairBatch":
+    def real_tokens(self) -> int:
+        """Tokens that the model computes, without padding."""
+        mask = self.model_inputs.get("attention_mask")
+        return self.model_inputs["input_ids"].numel() if mask is None else int(mask.sum())
+
+    def to(self, device: torch.device) -> PairBatch:
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         inputs = {name: value.to(device) for name, value in self.model_inputs.items()}
         return PairBatch(model_inputs=inputs, spans=self.spans, **moved)
+
+
+class PairLayout:
+    """Which tokens of packed pairs see which, as the attention of every layer needs it.
+
+    Args:
+        spans: where each pair lies.
+    """
+
+    def __init__(self, spans: list[Span]) -> None:
+        self.spans = spans
+        self._block_masks: dict[int | None, BlockMask] = {}
+        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
+
+    def visible(self, window: int | None, device: torch.device) -> Callable[..., Tensor]:
+        """FlexAttention's question whether token q sees token k: of its pair, before it, of the prefix or its own branch."""
+        lengths = [(span.prefix, span.chosen, span.rejected) for span in self.spans]
+        pair = torch.cat([torch.full((sum(n),), i) for i, n in enumerate(lengths)]).to(device)
+        branch = torch.cat([torch.arange(3).repeat_interleave(torch.tensor(n)) for n in lengths]).to(device)
+        order = [torch.cat([torch.arange(p), torch.arange(p, p + c), torch.arange(p, p + r)]) for p, c, r in lengths]
+        position = torch.cat(order).to(device)
+
+        def visible(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            seen = (pair[q] == pair[k]) & (k <= q) & ((branch[k] == 0) | (branch[k] == branch[q]))
+            return seen if window is None else seen & (position[q] - position[k] < window)
+
+        return visible
+
+    def block_mask(self, window: int | None, device: torch.device) -> BlockMask:
+        """The same as blocks of 128 x 128; made once per sliding window, not once per layer."""
+        if window not in self._block_masks:
+            tokens = sum(span.prefix + span.chosen + span.rejected for span in self.spans)
+            visible = self.visible(window, device)
+            self._block_masks[window] = create_block_mask(visible, None, None, tokens, tokens, device=device)
+        return self._block_masks[window]
+
+    def mask(self, queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:
+        """What the last `queries` of `keys` tokens in a row see, as FlashAttention adds it: 0 or -inf, (queries, keys).
+
+        Made once per size, not once per layer: attention keeps it for backward.
+        """
+        if (queries, keys, window) not in self._masks:
+            positions = torch.arange(keys, device=like.device)
+            distance = positions[keys - queries :].unsqueeze(1) - positions
+            hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+            mask = torch.zeros(queries, keys, dtype=like.dtype, device=like.device)
+            self._masks[queries, keys, window] = mask.masked_fill_(hidden, -torch.inf)
+        return self._masks[queries, keys, window]
 
 
 def supports_shared_prefix(model: nn.Module) -> bool:
@@ -96,12 +155,20 @@ def supports_shared_prefix(model: nn.Module) -> bool:
     return kind in SUPPORTED
 
 
-def collate(pairs: list[PairIds], pad_id: int, share: bool) -> PairBatch:
-    """Packs pairs (`share`) or pads them, and works out where each response token is scored."""
-    rows, columns, sources, targets = _scored_tokens(pairs, share)
+def collate(pairs: list[PairIds], pad_id: int, share: bool, from_divergence: bool = False) -> PairBatch:
+    """Packs pairs (`share`) or pads them, and works out where each response token is scored.
+
+    Args:
+        pad_id: any token id; padding is masked.
+        share: compute the prompt and what both responses share once.
+        from_divergence: score each response from its first token that the other has not. What they share cancels in
+            DPO's margin; in ORPO's means per token it does not.
+    """
+    rows, columns, sources, targets = _scored_tokens(pairs, share, from_divergence)
     lengths = [len(pair.chosen) for pair in pairs] + [len(pair.rejected) for pair in pairs]
     mask = torch.arange(max(lengths)).unsqueeze(0) < torch.tensor(lengths).unsqueeze(1)
-    inputs, spans, predictors = _packed(pairs) if share else _padded(pairs, pad_id)
+    form = _packed if share else _padded
+    inputs, spans, predictors = form(pairs, pad_id, from_divergence)
     tokens = [2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs]
     return PairBatch(
         model_inputs=inputs,
@@ -116,25 +183,31 @@ def collate(pairs: list[PairIds], pad_id: int, share: bool) -> PairBatch:
     )
 
 
-def _scored_tokens(pairs: list[PairIds], share: bool) -> tuple[list[int], list[int], list[int], list[int]]:
+def _scored_tokens(
+    pairs: list[PairIds], share: bool, from_divergence: bool
+) -> tuple[list[int], list[int], list[int], list[int]]:
     """(rows, columns, sources) of the result and the targets, pair by pair: shared tokens, chosen rest, rejected rest."""
     rows: list[int] = []
     columns: list[int] = []
     sources: list[int] = []
     targets: list[int] = []
     for i, pair in enumerate(pairs):
-        shared = pair.shared() if share else 0
+        skipped = pair.shared() if from_divergence else 0
+        shared = pair.shared() if share else skipped  # response tokens before the branches begin
         first = len(targets)
-        targets += pair.chosen[:shared]
+        targets += pair.chosen[skipped:shared]
         for row, response in ((i, pair.chosen), (len(pairs) + i, pair.rejected)):
-            rows += [row] * len(response)
-            columns += range(len(response))
-            sources += [*range(first, first + shared), *range(len(targets), len(targets) + len(response) - shared)]
+            rows += [row] * (len(response) - skipped)
+            columns += range(skipped, len(response))
+            sources += [*range(first, first + shared - skipped)]
+            sources += [*range(len(targets), len(targets) + len(response) - shared)]
             targets += response[shared:]
     return rows, columns, sources, targets
 
 
-def _packed(pairs: list[PairIds]) -> tuple[dict[str, Tensor], list[Span], list[int]]:
+def _packed(
+    pairs: list[PairIds], pad_id: int, from_divergence: bool
+) -> tuple[dict[str, Tensor], list[Span], list[int]]:
     """One row of all pairs. The last token of a response predicts nothing that is scored, so it is left out."""
     ids: list[int] = []
     positions: list[int] = []
@@ -144,20 +217,21 @@ def _packed(pairs: list[PairIds]) -> tuple[dict[str, Tensor], list[Span], list[i
         shared = pair.shared()
         prefix = pair.prompt + pair.chosen[:shared]
         branches = [pair.chosen[shared:-1], pair.rejected[shared:-1]]
-        start = len(ids)
-        spans.append(Span(start, len(prefix), len(branches[0]), len(branches[1])))
-        predictors += range(start + len(pair.prompt) - 1, start + len(prefix) - 1)
+        last = len(ids) + len(prefix) - 1  # its hidden state predicts the first token of both branches
+        spans.append(Span(len(ids), len(prefix), len(branches[0]), len(branches[1])))
+        if not from_divergence:
+            predictors += range(last - shared, last)
         ids += prefix
         positions += range(len(prefix))
         for branch in branches:
-            predictors += [start + len(prefix) - 1, *range(len(ids), len(ids) + len(branch))]
+            predictors += [last, *range(len(ids), len(ids) + len(branch))]
             ids += branch
             positions += range(len(prefix), len(prefix) + len(branch))
     inputs = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])}
     return inputs, spans, predictors
 
 
-def _padded(pairs: list[PairIds], pad_id: int) -> tuple[dict[str, Tensor], None, list[int]]:
+def _padded(pairs: list[PairIds], pad_id: int, from_divergence: bool) -> tuple[dict[str, Tensor], None, list[int]]:
     """One row a response, padded on the right."""
     sequences = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
     longest = max(len(prompt) + len(response) for prompt, response in sequences)
@@ -169,9 +243,10 @@ def _padded(pairs: list[PairIds], pad_id: int) -> tuple[dict[str, Tensor], None,
         attention_mask[row, : len(ids)] = 1
     predictors: list[int] = []
     for i, pair in enumerate(pairs):
+        skipped = pair.shared() if from_divergence else 0
         for row, response in ((i, pair.chosen), (len(pairs) + i, pair.rejected)):
             first = row * longest + len(pair.prompt) - 1
-            predictors += range(first, first + len(response))
+            predictors += range(first + skipped, first + len(response))
     positions = torch.arange(longest).expand(len(sequences), -1).contiguous()
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
     return inputs, None, predictors
@@ -181,7 +256,7 @@ def response_logps(model: nn.Module, batch: PairBatch) -> Tensor:
     """Log-prob of every response token given what precedes it.
 
     Returns:
-        (2 * pairs, longest response), float32; 0 where `batch.response_mask` is false.
+        (2 * pairs, longest response), float32; 0 where `batch.response_mask` is false and at tokens that are not scored.
     """
     hidden = last_hidden_states(model, batch).flatten(0, 1)[batch.predictors]
     scored = chunked_logps(hidden, model.get_output_embeddings(), batch.targets)  # type: ignore[operator]
@@ -195,14 +270,20 @@ def last_hidden_states(model: nn.Module, batch: PairBatch) -> Tensor:
     if batch.spans is None:
         return decoder(**batch.model_inputs, use_cache=False).last_hidden_state
     with shared_prefix_attention(model):
-        return decoder(**batch.model_inputs, use_cache=False, pair_spans=batch.spans).last_hidden_state
+        layout = PairLayout(batch.spans)
+        return decoder(**batch.model_inputs, use_cache=False, pair_layout=layout).last_hidden_state
 
 
 def chunked_logps(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
     """log softmax(head(hidden)) at `targets`, (tokens,), float32; only one chunk of logits exists at a time.
 
-    Backward computes each chunk's logits again.
+    Backward computes each chunk's logits again. A plain linear head is fused with the softmax; any other one (wrapped,
+    sharded or with a bias) is called as it is.
     """
+    if type(head) is nn.Linear and head.bias is None and head.weight.numel() == head.in_features * head.out_features:
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+        return _FusedLogps.apply(hidden.to(dtype), head.weight.to(dtype), targets)
     chunks = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
     if not (torch.is_grad_enabled() and hidden.requires_grad):
         return torch.cat([token_logps(head(h), t) for h, t in chunks])
@@ -213,6 +294,53 @@ def _recomputed(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     return checkpoint(
         lambda h, t: token_logps(head(h), t), hidden, targets, use_reentrant=False, preserve_rng_state=False
     )
+
+
+class _FusedLogps(torch.autograd.Function):
+    """log softmax(hidden @ weight.T) at the targets, by chunks, in place in one buffer.
+
+    With p = softmax(logits) and the incoming gradient g, one value a token:
+        d logits = g (onehot(target) - p),   d hidden = d logits @ weight,   d weight = d logits.T @ hidden
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """(tokens, size), (vocab, size), (tokens,) -> (tokens,) in float32."""
+        logps, lses, buffer = [], [], _logits_buffer(hidden, weight)
+        for part, target in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+            logits = torch.mm(part, weight.t(), out=buffer[: len(part)]).float()
+            chosen = logits.gather(1, target.unsqueeze(1)).squeeze(1)
+            highest = logits.amax(dim=1, keepdim=True)
+            lses.append(logits.sub_(highest).exp_().sum(dim=1).log_().add_(highest.squeeze(1)))
+            logps.append(chosen - lses[-1])
+        ctx.save_for_backward(hidden, weight, targets, torch.cat(lses))
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        hidden, weight, targets, lses = ctx.saved_tensors
+        d_hidden, buffer = torch.empty_like(hidden), _logits_buffer(hidden, weight)
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for low in range(0, len(hidden), CHUNK):
+            part = slice(low, low + CHUNK)
+            gradient = gradients[0][part]
+            logits = torch.mm(hidden[part], weight.t(), out=buffer[: len(gradient)]).float()
+            d_logits = logits.sub_(lses[part].unsqueeze(1)).exp_()
+            d_logits.mul_(-gradient.unsqueeze(1))
+            d_logits[torch.arange(len(gradient), device=gradient.device), targets[part]] += gradient
+            d_logits = d_logits.to(weight.dtype)
+            torch.mm(d_logits, weight, out=d_hidden[part])
+            if d_weight is not None:
+                if weight.dtype == torch.float32:
+                    d_weight.addmm_(d_logits.t(), hidden[part])
+                else:  # summed over chunks in float32, through a copy as large as the head
+                    d_weight += d_logits.t() @ hidden[part]
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None
+
+
+def _logits_buffer(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Room for one chunk's logits, used again for every chunk: fresh memory costs as much as the arithmetic in it."""
+    return hidden.new_empty(min(CHUNK, len(hidden)), len(weight))
 
 
 def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
@@ -256,7 +384,7 @@ def _attend_pairs(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float,
-    pair_spans: list[Span],
+    pair_layout: PairLayout,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -268,34 +396,54 @@ def _attend_pairs(
     Returns:
         (1, tokens, heads, size).
     """
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    if query.device.type == "cuda":
+        mask = pair_layout.block_mask(sliding_window, query.device)
+        mixed = _compiled_flex_attention()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True)
+        return mixed.transpose(1, 2), None
     parts = []
-    for span in pair_spans:
+    for span in pair_layout.spans:
         prefix = slice(span.start, span.start + span.prefix)
-        parts.append(_attend(query[:, :, prefix], key[:, :, prefix], value[:, :, prefix], scaling, sliding_window))
+        before = key[:, :, prefix], value[:, :, prefix]
+        parts.append(_attend(query[:, :, prefix], *before, scaling, pair_layout, sliding_window))
         low = prefix.stop
         for length in (span.chosen, span.rejected):
             branch = slice(low, low + length)
             if length:
-                keys = torch.cat([key[:, :, prefix], key[:, :, branch]], dim=2)
-                values = torch.cat([value[:, :, prefix], value[:, :, branch]], dim=2)
-                parts.append(_attend(query[:, :, branch], keys, values, scaling, sliding_window))
+                keys = torch.cat([before[0], key[:, :, branch]], dim=2)
+                values = torch.cat([before[1], value[:, :, branch]], dim=2)
+                parts.append(_attend(query[:, :, branch], keys, values, scaling, pair_layout, sliding_window))
             low = branch.stop
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+    return torch.cat(parts, dim=1), None
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, sliding_window: int | None) -> Tensor:
-    """Causal attention of the last queries over all keys, within the window of the model if it has one."""
-    length, total = query.shape[2], key.shape[2]
-    window = total if sliding_window is None else sliding_window
-    if length == total and window >= total:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-    distance = torch.arange(total - length, total, device=query.device).unsqueeze(1) - torch.arange(
-        total, device=query.device
+@functools.cache
+def _compiled_flex_attention() -> Callable[..., Any]:
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, layout: PairLayout, window: int | None
+) -> Tensor:
+    """Causal attention of the last queries over all keys, within the window of the model if it has one.
+
+    Query heads that share a key-value head go to the kernel as heads of one batch row, over which keys and values are
+    expanded without a copy.
+
+    Returns:
+        (1, queries, heads, size).
+    """
+    kv_heads, keys, queries = key.shape[1], key.shape[2], query.shape[2]
+    window = None if window is None or window >= keys else window
+    whole = queries == keys and window is None
+    mixed = F.scaled_dot_product_attention(
+        query[0].unflatten(0, (kv_heads, -1)),  # (key-value heads, queries per key-value head, tokens, size)
+        key[0].unsqueeze(1).expand(-1, query.shape[1] // kv_heads, -1, -1),
+        value[0].unsqueeze(1).expand(-1, query.shape[1] // kv_heads, -1, -1),
+        attn_mask=None if whole else layout.mask(queries, keys, window, query),
+        is_causal=whole,
+        scale=scaling,
     )
-    allowed = (distance >= 0) & (distance < window)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scaling)
+    return mixed.flatten(0, 1).transpose(0, 1).unsqueeze(0)
 
 
 AttentionInterface.register(SHARED_PREFIX, _attend_pairs)

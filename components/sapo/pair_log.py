@@ -24,9 +24,21 @@ class PairLog:
         self.tokenizer = tokenizer
 
     def write(
-        self, step: int, row: EncodedRow, entry: Entry, rejected: Rejected, logp_b: Tensor, logp_b_prime: Tensor
+        self,
+        step: int,
+        row: EncodedRow,
+        entry: Entry,
+        rejected: Rejected,
+        logp_b: Tensor,
+        logp_b_prime: Tensor,
+        versions_behind: int,
     ) -> None:
-        """Writes one pair; log-probs are the policy's sums over B and B', in nats, when it was trained on."""
+        """Writes one pair as it is trained on.
+
+        Args:
+            logp_b, logp_b_prime: the policy's sums over B and B', in nats.
+            versions_behind: EMA updates since the weights that wrote B'.
+        """
         start, end = entry.segment.start, entry.segment.end
         line = {
             "step": step,
@@ -39,6 +51,7 @@ class PairLog:
             "c": self._text(row["chosen_ids"][end:]),
             "c_kept": rejected.c_kept,
             "ema_version": entry.version,
+            "versions_behind": versions_behind,
             "generated_at_step": entry.step,
             "logp_b": round(float(logp_b), 4),
             "logp_b_prime": round(float(logp_b_prime), 4),

@@ -5,6 +5,7 @@ and B' (design: a million entries fit in memory). Weights live in a sum tree, so
 vectorised numpy, whatever the capacity. Entries are known by an integer id that never repeats.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from components.sapo.segments import Segment
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One generated B'.
 
@@ -78,17 +79,20 @@ class ReplayBuffer:
     def evicted(self) -> int:
         return self.added - len(self)
 
-    def add(self, entry: Entry) -> int:
-        """Appends an entry, evicting the oldest when full, and returns its id."""
-        slot = self.added % self.capacity
-        if slot < len(self._entries):
-            self._entries[slot] = entry
-        else:
-            self._entries.append(entry)
-        self._counts[slot] = 0
-        self._update_weights(np.array([slot]))
-        self.added += 1
-        return self.added - 1
+    def add(self, entries: Sequence[Entry]) -> list[int]:
+        """Appends entries, evicting the oldest when full, and returns their ids."""
+        ids = range(self.added, self.added + len(entries))
+        for entry_id, entry in zip(ids, entries, strict=True):
+            if entry_id < self.capacity:
+                self._entries.append(entry)
+            else:
+                self._entries[entry_id % self.capacity] = entry
+        slots = np.unique(np.arange(ids.start, ids.stop) % self.capacity)
+        self.added = ids.stop
+        self._counts[slots] = 0
+        if len(slots):
+            self._update_weights(slots)
+        return list(ids)
 
     def draw(self, size: int, generator: np.random.Generator) -> list[tuple[int, Entry]]:
         """Draws `size` entries with replacement and counts them as used once the draw is complete.

@@ -5,9 +5,9 @@ from collections.abc import Sequence as Rows
 import numpy as np
 
 from components.common.chat_templates import EncodedRow
+from components.common.samplers import Sampler, request_seed
 from components.sapo.config import SAPOConfig
 from components.sapo.replay_buffer import Entry
-from components.sapo.samplers import Sampler
 from components.sapo.segments import Rejected, choose_segment, splice
 
 # Independent random streams of one run. A generator is made for each (seed, stream, step), so that nothing random has to
@@ -35,6 +35,9 @@ class RowOrder:
         self.seed = seed
         self.steps_per_epoch = -(-rows // rows_per_step)
 
+    def epoch_of(self, step: int) -> int:
+        return step // self.steps_per_epoch
+
     def at(self, step: int) -> list[int]:
         """Row indices of optimizer step `step`, counted from 0 over the whole run."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
@@ -50,6 +53,7 @@ def sample_entries(
     config: SAPOConfig,
     random: np.random.Generator,
     step: int,
+    epoch: int,
 ) -> list[Entry]:
     """Cuts the chosen rows, regenerates B from (x, A), and returns one entry for each row and response.
 
@@ -57,19 +61,21 @@ def sample_entries(
         rows: the training set.
         chosen: indices of the rows of this step.
         sampler: engine with the EMA's weights (the policy's, on-policy).
-        random: where B starts, and the sampler's seed.
+        random: where B starts.
         step: optimizer steps done so far, recorded in the entries.
+        epoch: passes over the rows done so far; with the run's seed and the row it seeds what is sampled.
     """
     indices = [row for row in chosen for _ in range(config.responses_per_prompt)]
     segment_length = None if config.no_segment else config.segment_length
     segments = [
         choose_segment(len(rows[row]["chosen_ids"]), segment_length, random, config.segment_start) for row in indices
     ]
-    prompts, limits = [], []
-    for row, segment in zip(indices, segments, strict=True):
+    prompts, limits, seeds = [], [], []
+    for i, (row, segment) in enumerate(zip(indices, segments, strict=True)):
         prompts.append(rows[row]["prompt_ids"] + rows[row]["chosen_ids"][: segment.start])
         limits.append(min(config.max_new_tokens, config.max_length - len(prompts[-1])))
-    replacements = sampler.generate(prompts, limits, seed=int(random.integers(2**31)))
+        seeds.append(request_seed(config.seed, rows[row]["id"], epoch, i % config.responses_per_prompt))
+    replacements = sampler.generate(prompts, limits, seeds)
     return [
         Entry(row, segment, np.array(replacement, dtype=np.int32), step, sampler.version)
         for row, segment, replacement in zip(indices, segments, replacements, strict=True)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from components.common.errors import UserError
+from components.common.resume import refuse_other_run
 from components.common.training import library_versions
 from components.sapo import checkpoint
 from components.sapo.checkpoint import CheckpointReader, CheckpointWriter
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 # Settings that may differ after a resume, by prefix: they say where things go and how often, not what is computed.
 FREE = (
     *("output_dir", "log_dir", "logging_", "log_", "report_to", "run_name", "project", "trackio_", "disable_"),
-    *("save_", "eval_", "per_device_eval", "pairs_per_log", "resume_", "hub_", "push_", "dataloader_"),
-    *("use_cpu", "do_", "local_rank"),
+    *("save_", "eval_", "per_device_eval", "pairs_per_log", "resume_", "hub_", "push_to_", "dataloader_"),
+    *("use_cpu", "do_", "local_rank", "sampler_timeout", "gpu_memory_utilization", "sleep_level"),
 )
 
 
@@ -34,19 +34,25 @@ def save(trainer: "SAPOTrainer", writer: CheckpointWriter) -> None:
     writer.tensors("ema", trainer.ema.model.state_dict())
     if trainer.reference is not None:
         writer.tensors("reference", trainer.reference.state_dict())
+        writer.tensors("reference_cache", _to_tensors(trainer.reference_cache.state_dict()))
     assert trainer.optimizer is not None and trainer.lr_scheduler is not None  # a step was taken
     optimizer_tensors, optimizer_rest = checkpoint.flatten_optimizer(trainer.optimizer.state_dict())
     writer.tensors("optimizer", optimizer_tensors)
     writer.json("optimizer", optimizer_rest)
     writer.json("scheduler", trainer.lr_scheduler.state_dict())
     writer.tensors("buffer", _to_tensors(trainer.buffer.state_dict()))
+    if trainer.schedule.ahead is not None:
+        writer.tensors("ahead", _to_tensors(pack(trainer.schedule.ahead)))
+    if trainer.args.push_interval > 1:
+        writer.tensors("served", trainer.ema.served.state_dict())
     if trainer.held_out is not None:
         entries = _to_tensors(pack([pair.entry for pair in trainer.held_out.pairs]))
         writer.tensors("held_out", {**entries, "start_logps": trainer.held_out.start_logps})
     random_tensors, random_rest = checkpoint.random_states()
     writer.tensors("random", random_tensors)
     writer.json("random", random_rest)
-    writer.json("trainer", {"version": trainer.ema.version, **trainer.unlogged()})
+    versions = {"version": trainer.ema.version, "served_version": trainer.ema.served_version}
+    writer.json("trainer", {**versions, "ahead": trainer.schedule.ahead is not None, **trainer.unlogged()})
     trainer.state.save_to_json(str(writer.directory / "trainer_state.json"))
     writer.json("settings", identity(trainer))
     writer.finish(trainer.state.global_step)
@@ -54,11 +60,17 @@ def save(trainer: "SAPOTrainer", writer: CheckpointWriter) -> None:
 
 def restore(trainer: "SAPOTrainer", reader: CheckpointReader) -> None:
     """Puts back all but the policy, the random states and the trainer's own state, which `Trainer` asks for itself."""
-    trainer.ema.model.load_state_dict(reader.tensors("ema"))
-    trainer.ema.version = reader.json("trainer")["version"]
-    trainer.sampler.load(trainer.ema.model.named_parameters(), trainer.ema.version)
+    saved = reader.json("trainer")
+    trainer.ema.load_state_dict(reader.tensors("ema"), saved["version"])
+    if trainer.args.push_interval > 1:
+        trainer.ema.served.load_state_dict(reader.tensors("served"))
+        trainer.ema.served_version = saved["served_version"]
+    trainer.push()
+    if saved["ahead"]:
+        trainer.schedule.ahead = unpack(_to_arrays(reader.tensors("ahead")))
     if trainer.reference is not None:
         trainer.reference.load_state_dict(reader.tensors("reference"))
+        trainer.reference_cache.load_state_dict(_to_arrays(reader.tensors("reference_cache")))
     assert trainer.optimizer is not None and trainer.lr_scheduler is not None  # Trainer has just made them
     flat = reader.tensors("optimizer"), reader.json("optimizer")
     trainer.optimizer.load_state_dict(checkpoint.unflatten_optimizer(*flat))
@@ -84,15 +96,7 @@ def identity(trainer: "SAPOTrainer") -> dict[str, Any]:
 
 def check_identity(trainer: "SAPOTrainer", reader: CheckpointReader) -> None:
     """Raises UserError when the checkpoint is of another run, naming every setting that differs."""
-    saved, mine = reader.json("settings"), identity(trainer)
-    names = sorted({*saved["settings"], *mine["settings"]})
-    pairs = ((name, saved["settings"].get(name), mine["settings"].get(name)) for name in names)
-    differing = [f"{name} was {before!r}, is {now!r}" for name, before, now in pairs if before != now]
-    if saved["data"] != mine["data"]:
-        differing.append("the training rows are others")
-    if differing:
-        advice = "give the settings it was made with, or --overwrite to start anew"
-        raise UserError(f"{reader.directory}: is of another run: {'; '.join(differing)}; {advice}")
+    refuse_other_run(reader.directory, reader.json("settings"), identity(trainer))
 
 
 def _digest(rows: Any) -> str:

@@ -35,7 +35,9 @@ from transformers.trainer_utils import TrainOutput
 
 from components.common.chat_templates import EncodedRow, encode_rows
 from components.common.errors import UserError
-from components.common.models import load_model, load_tokenizer
+from components.common.models import load_model, load_tokenizer, stop_ids
+from components.common.samplers import Sampler, SamplingSettings, make_canary
+from components.common.samplers.hf import HFSampler
 from components.sapo import checkpoint, self_play, state
 from components.sapo.checkpoint import CheckpointReader, CheckpointWriter
 from components.sapo.config import SAPOConfig
@@ -51,10 +53,12 @@ from components.sapo.pair_forward import (
     supports_shared_prefix,
 )
 from components.sapo.pair_log import PairLog
+from components.sapo.reference_cache import ReferenceCache
 from components.sapo.replay_buffer import Entry, ReplayBuffer
-from components.sapo.samplers import Sampler, SamplingSettings
-from components.sapo.samplers.hf import HFSampler
+from components.sapo.schedule import Overlap, Schedule, Sync
 from components.sapo.segments import Rejected
+
+CANARY = 16  # tokens whose log-probs prove that the engine serves what was pushed
 
 
 class SAPOTrainer(Trainer):
@@ -97,7 +101,7 @@ class SAPOTrainer(Trainer):
             raise ValueError("processing_class: is needed when model is not a directory")
         _disable_dropout(model)
         # Copies are made before Trainer wraps the policy's forward: a later deepcopy would run the policy's weights.
-        self.ema = EMA(model, args.ema_decay)
+        self.ema = EMA(model, args.ema_decay, args.served_dtype())
         self.reference = frozen_copy(model) if args.loss_type == "dpo" else None
         train_rows = _tokenised(train_dataset, processing_class, max_prompt_length, args.max_length)
         eval_rows = _tokenised(eval_dataset, processing_class, max_prompt_length, args.max_length)
@@ -111,14 +115,17 @@ class SAPOTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs; Trainer divides by the accumulation
         self.ema.model.to(self.args.device)
+        self.ema.served.to(self.args.device)
         if self.reference is not None:
             self.reference.to(self.args.device)
-        self.stop_ids = _stop_ids(model, processing_class)
+        self.stop_ids = stop_ids(model, processing_class)
         self.pad_id = int(processing_class.pad_token_id)
         self.share_prefix = supports_shared_prefix(model)
-        self.sampler = sampler or self._default_sampler()
+        self.sampler = sampler or self._engine()
         self.buffer = ReplayBuffer(args.replay_buffer_size)
+        self.reference_cache = ReferenceCache(args.replay_buffer_size)
         self.row_order = self_play.RowOrder(len(train_rows), self._rows_per_step(), args.seed)
+        self.schedule = self._schedule()
         self.pair_log = PairLog(Path(args.log_dir or str(args.output_dir)) / "pairs.jsonl", processing_class)
         self.held_out: HeldOut | None = None
         self.stop_requested = False  # set it (from a signal handler) to save after the current step and stop
@@ -126,15 +133,37 @@ class SAPOTrainer(Trainer):
         self._metrics: defaultdict[str, list[float]] = defaultdict(list)
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._steps_timed = 0  # the step of the last log entry
+        self._waited_logged = self._sampled_logged = 0.0
+        self.started = time.perf_counter()  # of the run; a stage puts its own start here
+        self._totals: defaultdict[str, float] = defaultdict(float)  # of `wall_clock`
+        if args.sampler == "vllm":
+            self.push()  # it has read the model's directory: prove that this is the model
 
     def _rows_per_step(self) -> int:
         """As many fresh rows as pairs are trained on: N of Algorithm 1."""
         return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
 
-    def _default_sampler(self) -> Sampler:
+    def _engine(self) -> Sampler:
         settings = SamplingSettings(self.args.temperature, self.args.top_k, self.args.top_p, self.stop_ids)
-        model = self.model if self.args.on_policy else self.ema.model
-        return HFSampler(model, settings, self.pad_id, self.args.sampler_batch_size)  # type: ignore[arg-type]
+        model: Any = self.model if self.args.on_policy else self.ema.served
+        if self.args.sampler == "hf":
+            return HFSampler(model, settings, self.pad_id, self.args.sampler_batch_size)
+        from components.common.samplers.vllm import VLLMSampler
+
+        return VLLMSampler(
+            model.name_or_path,
+            settings,
+            max_model_len=self.args.max_length,
+            dtype=self.args.engine_dtype(),
+            gpu_memory_utilization=self.args.gpu_memory_utilization,
+            sleep_level=self.args.sleep_level,
+            timeout=self.args.sampler_timeout,
+        )
+
+    def _schedule(self) -> Schedule:
+        if self.args.schedule == "sync":
+            return Sync(self._generate)
+        return Overlap(self._generate, self._total_steps() - 1, self.args.sampler_timeout)
 
     # ---- The sampling stage, and the draw that opens the training stage -------------------------------------------
 
@@ -147,39 +176,40 @@ class SAPOTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], None]:
         step = self.state.global_step
-        with self._timed("sample"):
-            self._sample(step)
+        entries = self.schedule.entries(step)
+        self.buffer.add(entries)
+        self._record_sampling(entries)
         random = self_play.generator(self.args.seed, self_play.DRAWS, step)
         size = self.args.per_device_train_batch_size
         return [self._collate(self.buffer.draw(size, random)) for _ in range(num_batches)], None
 
-    def _sample(self, step: int) -> None:
+    def _generate(self, step: int, steps_done: int) -> list[Entry]:
+        """Entries from the rows of a step; reads nothing that changes while a step runs."""
         random = self_play.generator(self.args.seed, self_play.SAMPLING, step)
-        rows = self.row_order.at(step)
-        entries = self_play.sample_entries(self.train_dataset, rows, self.sampler, self.args, random, step)
-        for entry in entries:
-            self.buffer.add(entry)
-        self._record_sampling(entries)
+        rows, epoch = self.row_order.at(step), self.row_order.epoch_of(step)
+        return self_play.sample_entries(self.train_dataset, rows, self.sampler, self.args, random, steps_done, epoch)
 
     def _record_sampling(self, entries: list[Entry]) -> None:
         for entry in entries:
             b = self.train_dataset[entry.row]["chosen_ids"][entry.segment.start : entry.segment.end]
             self._metrics["sampling/b_prime_length"].append(len(entry.replacement))
+            self._totals["tokens/generated"] += len(entry.replacement)
             self._metrics["sampling/identical"].append(float(b == entry.replacement.tolist()))
             self._metrics["sampling/ended"].append(float(not self.stop_ids.isdisjoint(entry.replacement.tolist())))
 
     def _collate(self, drawn: list[tuple[int, Entry]]) -> dict[str, Any]:
         """Chosen responses in the first half of the batch, rejected ones in the second."""
-        pairs = [_Pair(self.train_dataset[entry.row], entry, self._rejected(entry)) for _, entry in drawn]
+        pairs = [_Pair(self.train_dataset[e.row], e, self._rejected(e), entry_id) for entry_id, e in drawn]
         batch = self._collate_pairs(pairs)
         for _, entry in drawn:
             self._metrics["buffer/age_steps"].append(self.state.global_step - entry.step)
-            self._metrics["buffer/age_versions"].append(self.sampler.version - entry.version)
+            self._metrics["buffer/age_versions"].append(self.ema.version - entry.version)
         return {"batch": batch, "pairs": pairs, "input_ids": batch.model_inputs["input_ids"]}
 
-    def _collate_pairs(self, pairs: list["_Pair"]) -> PairBatch:
+    def _collate_pairs(self, pairs: list["_Pair"], whole: bool = False) -> PairBatch:
+        """Pairs for the model; DPO scores responses from where they differ, unless they are wanted `whole`."""
         ids = [PairIds(pair.row["prompt_ids"], pair.row["chosen_ids"], pair.rejected.ids) for pair in pairs]
-        return collate(ids, self.pad_id, self.share_prefix)
+        return collate(ids, self.pad_id, self.share_prefix, self.reference is not None and not whole)
 
     def _rejected(self, entry: Entry) -> Rejected:
         return self_play.rejected_response(self.train_dataset[entry.row], entry, self.args, self.stop_ids)
@@ -203,6 +233,7 @@ class SAPOTrainer(Trainer):
         with self.accelerator.autocast():
             logps = response_logps(self.policy, batch)
             loss = self._pair_loss(logps, batch, pairs)
+        self._totals["tokens/trained"] += batch.real_tokens()
         self._record_training(loss, logps.detach(), pairs, batch)
         return loss.losses.mean()
 
@@ -212,10 +243,23 @@ class SAPOTrainer(Trainer):
             chosen, rejected = (logps.sum(dim=1) / batch.response_mask.sum(dim=1)).chunk(2)
             nll = self._sequence_nll(pairs) if self.args.nll_scope == "sequence" else -chosen
             return orpo_loss(chosen, rejected, nll, self.args.orpo_lambda)
-        with torch.no_grad():
-            reference_chosen, reference_rejected = response_logps(self.reference, batch).sum(dim=1).chunk(2)
         chosen, rejected = logps.sum(dim=1).chunk(2)
+        reference_chosen, reference_rejected = self._reference_logps(pairs).to(logps.device)
         return dpo_loss(chosen, rejected, reference_chosen, reference_rejected, self.args.beta)
+
+    @torch.no_grad()
+    def _reference_logps(self, pairs: list["_Pair"]) -> Tensor:
+        """The reference's log-probs of both responses, (2, pairs); only of pairs it has not scored since its last refresh."""
+        assert self.reference is not None
+        ids = [pair.entry_id for pair in pairs]
+        missing = self.reference_cache.missing(ids)
+        self._metrics["reference/reused"].append(1 - len(missing) / len(ids))
+        if missing:
+            by_id = dict(zip(ids, pairs, strict=True))
+            batch = self._collate_pairs([by_id[i] for i in missing]).to(self.args.device)
+            scored = response_logps(self.reference, batch).sum(dim=1)
+            self.reference_cache.store(missing, torch.stack(scored.chunk(2)))
+        return self.reference_cache.get(ids)
 
     def _sequence_nll(self, pairs: list["_Pair"]) -> Tensor:
         chosen = [(pair.row["prompt_ids"], pair.row["chosen_ids"]) for pair in pairs]
@@ -243,20 +287,40 @@ class SAPOTrainer(Trainer):
         step = self.state.global_step + 1  # as in the log entry that follows this step
         if step % self.state.logging_steps == 0:
             for i, pair in enumerate(pairs[: self.args.pairs_per_log]):
-                self.pair_log.write(step, pair.row, pair.entry, pair.rejected, b[i], b_prime[i])
+                behind = self.ema.version - pair.entry.version
+                self.pair_log.write(step, pair.row, pair.entry, pair.rejected, b[i], b_prime[i], behind)
 
     # ---- After the optimizer step ---------------------------------------------------------------------------------
 
     def after_step(self) -> None:
         """Line 17: the EMA every `ema_interval` steps, then the reference at its own interval."""
         step = self.state.global_step
+        if "seconds/first_step" not in self._totals:
+            self._totals["seconds/first_step"] = time.perf_counter() - self.started
+        self.schedule.settle()
         with self._timed("ema"):
             if step % self.args.ema_interval == 0:
-                self.ema.update(self.policy)
-                self.sampler.load(self.ema.model.named_parameters(), self.ema.version)
+                pushed = (self.ema.version + 1) % self.args.push_interval == 0
+                self.ema.update(self.policy, serve=pushed)
+                if pushed and not self.args.on_policy:
+                    self.push()
+            if self.args.on_policy:
+                self.push()
             if self.reference is not None and self.args.reference != "fixed" and step % self._reference_interval() == 0:
                 source = self.ema.model if self.args.reference == "ema" else self.policy
                 copy_weights(source, self.reference)
+                self.reference_cache.version += 1
+
+    def push(self) -> None:
+        """Gives the sampler the weights it is to serve; an engine with a copy of its own proves that it serves them."""
+        served: Any = self.policy if self.args.on_policy else self.ema.served
+        canary = None
+        if self.args.sampler == "vllm":
+            row = self.train_dataset[0]
+            canary = make_canary(
+                served, (row["prompt_ids"] + row["chosen_ids"])[: min(CANARY, self.args.max_length - 1)]
+            )
+        self.sampler.load(served.named_parameters(), self.ema.served_version, canary)
 
     def _reference_interval(self) -> int:
         interval = self.args.reference_interval
@@ -273,14 +337,15 @@ class SAPOTrainer(Trainer):
         """Pairs from held-out rows and the start model, with its log-probs of them."""
         rows: list[EncodedRow] = self.eval_dataset  # type: ignore[assignment]
         random = self_play.generator(self.args.seed, self_play.HELD_OUT, 0)
-        entries = self_play.sample_entries(rows, list(range(len(rows))), self.sampler, self.args, random, step=0)
+        every = list(range(len(rows)))
+        entries = self_play.sample_entries(rows, every, self.sampler, self.args, random, step=0, epoch=0)
         self.set_held_out(entries, start_logps=None)
 
     def set_held_out(self, entries: list[Entry], start_logps: Tensor | None) -> None:
         """Held-out pairs from their entries; without log-probs the policy as it is now is the start."""
         rows: list[EncodedRow] = self.eval_dataset  # type: ignore[assignment]
         rejected = [self_play.rejected_response(rows[e.row], e, self.args, self.stop_ids) for e in entries]
-        pairs = [_Pair(rows[e.row], e, r) for e, r in zip(entries, rejected, strict=True)]
+        pairs = [_Pair(rows[e.row], e, r, i) for i, (e, r) in enumerate(zip(entries, rejected, strict=True))]
         self.held_out = HeldOut(pairs, self._score(pairs) if start_logps is None else start_logps)
 
     @torch.no_grad()
@@ -290,7 +355,8 @@ class SAPOTrainer(Trainer):
         was_training = model.training
         model.eval()
         for low in range(0, len(pairs), self.args.per_device_eval_batch_size):
-            batch = self._collate_pairs(pairs[low : low + self.args.per_device_eval_batch_size]).to(self.args.device)
+            some = pairs[low : low + self.args.per_device_eval_batch_size]
+            batch = self._collate_pairs(some, whole=True).to(self.args.device)
             with self.accelerator.autocast():
                 logps = response_logps(model, batch).sum(dim=1)
             if self.reference is None:
@@ -363,7 +429,7 @@ class SAPOTrainer(Trainer):
     def _nothing_left(self, reader: CheckpointReader) -> TrainOutput:
         """The run had ended when it was interrupted: only the trained weights and the log are needed."""
         self._load_from_checkpoint(str(reader.directory))
-        self.ema.model.load_state_dict(reader.tensors("ema"))
+        self.ema.load_state_dict(reader.tensors("ema"), reader.json("trainer")["version"])
         self.state = TrainerState.load_from_json(str(reader.directory / "trainer_state.json"))
         return TrainOutput(self.state.global_step, math.nan, {"train_runtime": 0.0})
 
@@ -398,6 +464,7 @@ class SAPOTrainer(Trainer):
             "loss": float(self._tr_loss),
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
+            "wall_clock": self.wall_clock(),
         }
 
     def before_first_step(self) -> None:
@@ -408,6 +475,7 @@ class SAPOTrainer(Trainer):
             self._tr_loss += saved["loss"]
             self._total_loss_scalar = saved["total_loss"]
             self._globalstep_last_logged = saved["last_logged"]
+            self._totals = defaultdict(float, saved["wall_clock"])
         self._steps_timed = self.state.global_step
 
     # ---- Metrics --------------------------------------------------------------------------------------------------
@@ -416,13 +484,29 @@ class SAPOTrainer(Trainer):
     def _timed(self, part: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self._seconds[part] += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self._seconds[part] += seconds
+        self._totals[f"seconds/{part}"] += seconds
+
+    def wall_clock(self) -> dict[str, float]:
+        """Seconds and tokens of the run so far, over its interruptions.
+
+        `seconds/generate` is the sampler's work, of which the learner waited `seconds/wait`; `seconds/first_step` runs from
+        the start of the stage to the end of the first optimizer step; a shared prefix counts once in `tokens/trained`.
+        """
+        generated = {"seconds/generate": self.schedule.sampled, "seconds/wait": self.schedule.waited}
+        return {**self._totals, **{name: self._totals[name] + value for name, value in generated.items()}}
 
     def _speed(self) -> dict[str, float]:
         """Seconds of each part of a step, pairs and tokens per second, and the most memory so far, since the last entry."""
         steps = max(self.state.global_step - self._steps_timed, 1)
+        # The learner's time; the sampler's own, which may pass beside it, is told apart.
+        self._seconds["wait"] = self.schedule.waited - self._waited_logged
+        sampled = self.schedule.sampled - self._sampled_logged
+        self._waited_logged, self._sampled_logged = self.schedule.waited, self.schedule.sampled
         total = max(sum(self._seconds.values()), 1e-9)
         speed = {f"seconds/{part}": seconds / steps for part, seconds in self._seconds.items()}
+        speed["seconds/sample"] = sampled / steps
         speed["pairs_per_second"] = len(self._metrics["rewards/margins"]) / total
         speed["tokens_per_second"] = sum(self._metrics["tokens/pair"]) / total
         return speed | {"memory/peak_gib": peak_memory_gib()}
@@ -473,6 +557,7 @@ class _Pair:
     row: EncodedRow
     entry: Entry
     rejected: Rejected
+    entry_id: int
 
 
 @dataclass(frozen=True)
@@ -503,13 +588,6 @@ def _tokenised(
     if not rows or "prompt_ids" in rows[0]:
         return rows
     return encode_rows(tokenizer, rows, min(max_prompt_length, max_length), max_length)[0]
-
-
-def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every token that ends a turn: the tokenizer's and the generation config's."""
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
-    listed = configured if isinstance(configured, list) else [configured]
-    return frozenset(int(i) for i in [tokenizer.eos_token_id, *listed] if i is not None)
 
 
 def _disable_dropout(model: nn.Module) -> None:

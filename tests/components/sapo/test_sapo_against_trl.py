@@ -40,7 +40,7 @@ def our_loss(policy, reference, tmp_path, micro_model, **settings):
     if trainer.reference is not None:
         trainer.reference.load_state_dict(reference.state_dict())
     entry = Entry(0, Segment(1, 4), np.array(REJECTED[1:], dtype=np.int32), step=0, version=0)
-    pairs = [_Pair(row, entry, Rejected(REJECTED, 1, 6, c_kept=False))]  # type: ignore[arg-type]
+    pairs = [_Pair(row, entry, Rejected(REJECTED, 1, 6, c_kept=False), 0)]  # type: ignore[arg-type]
     batch = trainer._collate_pairs(pairs)
     assert batch.spans is not None  # the packed form
     policy.zero_grad()

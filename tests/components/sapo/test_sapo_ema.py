@@ -70,3 +70,23 @@ def test_tied_weights_move_once():
     nn.init.constant_(policy.embedding.weight, 3.0)
     ema.update(policy)
     torch.testing.assert_close(ema.model.head.weight.data, torch.full((3, 2), 2.0))
+
+
+def test_served_copy_follows_the_average_in_its_own_type():
+    policy = linear(1.0)
+    plain, cast = EMA(policy, 0.5), EMA(policy, 0.5, torch.bfloat16)
+    copy_weights(linear(1.3), policy)
+    for ema in (plain, cast):
+        ema.update(policy)
+    assert weights(cast.model) == weights(plain.model)
+    assert plain.served is plain.model
+    expected = [p.to(torch.bfloat16) for p in plain.model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(cast.served.parameters(), expected, strict=True))
+
+
+def test_loaded_average_is_served():
+    policy, other = linear(1.0), linear(2.0)
+    ema = EMA(policy, 0.5, torch.bfloat16)
+    ema.load_state_dict(other.state_dict(), version=7)
+    assert weights(ema.served) == weights(ema.model) == [2.0] * 3
+    assert ema.version == 7

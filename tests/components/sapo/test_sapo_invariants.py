@@ -6,6 +6,7 @@ import pytest
 from components.common.conversations import read_rows
 from components.sapo import self_play
 from components.sapo.config import SAPOConfig
+from components.sapo.pair_forward import PairIds
 from components.sapo.trainer import SAPOTrainer
 
 SETTINGS = {
@@ -32,11 +33,11 @@ class LoudSampler:
     def __init__(self, end: int) -> None:
         self.end, self.version = end, 0
 
-    def generate(self, prompts, max_new_tokens, seed):
+    def generate(self, prompts, max_new_tokens, seeds):
         rows = [list(range(10, 10 + limit)) for limit in max_new_tokens]
         return [row if i % 2 else [*row[: len(row) // 2], self.end] for i, row in enumerate(rows)]
 
-    def load(self, weights, version):
+    def load(self, weights, version, canary=None):
         self.version = version
 
 
@@ -59,6 +60,7 @@ def assert_pairs_hold(trainer: Watched) -> None:
         for i, pair in enumerate(pairs):
             row, segment, rejected = pair.row, pair.entry.segment, pair.rejected
             chosen = row["chosen_ids"]
+            ids = PairIds(row["prompt_ids"], chosen, rejected.ids)
             assert rejected.ids[: segment.start] == chosen[: segment.start]  # A is shared
             if rejected.c_kept:
                 kept = rejected.ids[rejected.end :]
@@ -68,7 +70,8 @@ def assert_pairs_hold(trainer: Watched) -> None:
             assert len(row["prompt_ids"]) + len(rejected.ids) <= trainer.args.max_length
             for half, response in ((i, chosen), (len(pairs) + i, rejected.ids)):
                 assert inputs.response_mask[half].sum() == len(response)  # only response tokens are scored
-                assert inputs.targets[inputs.sources[inputs.rows == half]].tolist() == response
+                scored = response[ids.shared() if trainer.args.loss_type == "dpo" else 0 :]
+                assert inputs.targets[inputs.sources[inputs.rows == half]].tolist() == scored
 
 
 VARIANTS = {

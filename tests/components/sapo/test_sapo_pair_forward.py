@@ -3,11 +3,21 @@
 import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from components.sapo import pair_forward
 from components.sapo.losses import dpo_loss, orpo_loss
-from components.sapo.pair_forward import PairIds, Span, collate, response_logps, sequence_nll, token_logps
+from components.sapo.pair_forward import (
+    PairIds,
+    PairLayout,
+    Span,
+    _attend_pairs,
+    collate,
+    response_logps,
+    sequence_nll,
+    token_logps,
+)
 
 #         prompt                 chosen                rejected
 PAIRS = [
@@ -130,19 +140,84 @@ def test_other_architectures_are_padded_and_say_so(caplog):
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 512])
-def test_chunks_equal_full_logits(monkeypatch, chunk):
+@pytest.mark.parametrize("bias", [False, True], ids=["fused", "recomputed"])
+def test_chunks_equal_full_logits(monkeypatch, chunk, bias):
     monkeypatch.setattr(pair_forward, "CHUNK", chunk)
     torch.manual_seed(0)
     hidden, targets = torch.randn(10, 8, requires_grad=True), torch.randint(0, 50, (10,))
-    head = torch.nn.Linear(8, 50)
+    head = torch.nn.Linear(8, 50, bias=bias)
     weights = torch.randn(10)
     ours = pair_forward.chunked_logps(hidden, head, targets)
     full = -F.cross_entropy(head(hidden), targets, reduction="none")
     torch.testing.assert_close(ours, full)
-    mine = torch.autograd.grad((weights * ours).sum(), [hidden, head.weight, head.bias])
-    theirs = torch.autograd.grad((weights * full).sum(), [hidden, head.weight, head.bias])
+    mine = torch.autograd.grad((weights * ours).sum(), [hidden, *head.parameters()])
+    theirs = torch.autograd.grad((weights * full).sum(), [hidden, *head.parameters()])
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_extreme_logits_stay_finite():
+    hidden = torch.tensor([[300.0, 0.0], [-300.0, 0.0]], requires_grad=True)
+    head = torch.nn.Linear(2, 3, bias=False)
+    head.weight.data = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    logps = pair_forward.chunked_logps(hidden, head, torch.tensor([0, 0]))
+    assert logps.tolist() == [0.0, -600.0]
+    logps.sum().backward()
+    assert hidden.grad.isfinite().all() and head.weight.grad.isfinite().all()
+
+
+def test_a_frozen_head_gets_no_gradient():
+    hidden, head = torch.randn(4, 8, requires_grad=True), torch.nn.Linear(8, 50, bias=False).requires_grad_(False)
+    pair_forward.chunked_logps(hidden, head, torch.tensor([1, 2, 3, 4])).sum().backward()
+    assert hidden.grad is not None and head.weight.grad is None
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_bfloat16_is_near_float32(family):
+    """Autocast to bfloat16 (8 bits of mantissa): log-probs within 0.1, gradients within 5% of their norm."""
+    model = tiny(family)
+    batch = collate(PAIRS, pad_id=0, share=True)
+    results = []
+    for mixed in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            logps = response_logps(model, batch)
+        assert logps.dtype == torch.float32
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(logps.sum(), list(model.parameters()))])
+        results.append((logps.detach(), gradient))
+    (exact, exact_gradient), (mixed, mixed_gradient) = results
+    assert 0 < (mixed - exact).abs().max() < 0.1
+    assert (mixed_gradient - exact_gradient).norm() < 0.05 * exact_gradient.norm()
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["packed", "padded"])
+def test_from_divergence_margins_are_those_of_whole_responses(share):
+    """What both responses share adds the same to both sums, so scoring may begin where they differ."""
+    model = tiny("llama")
+    whole = response_logps(model, collate(PAIRS, pad_id=0, share=share))
+    batch = collate(PAIRS, pad_id=0, share=share, from_divergence=True)
+    rest = response_logps(model, batch)
+    assert len(batch.targets) == sum(len(p.chosen) + len(p.rejected) - 2 * p.shared() for p in PAIRS)
+    for i, pair in enumerate(PAIRS):
+        for row in (i, len(PAIRS) + i):
+            assert not rest[row, : pair.shared()].any()
+            torch.testing.assert_close(rest[row, pair.shared() :], whole[row, pair.shared() :])
+    chosen, rejected = whole.sum(dim=1).chunk(2)
+    chosen_rest, rejected_rest = rest.sum(dim=1).chunk(2)
+    torch.testing.assert_close(chosen - rejected, chosen_rest - rejected_rest, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_flex_attention_sees_what_attention_per_pair_sees(window):
+    """The block mask that CUDA uses, under FlexAttention's own CPU arithmetic."""
+    batch = collate(PAIRS, pad_id=0, share=True)
+    layout = PairLayout(batch.spans)
+    tokens = batch.model_inputs["input_ids"].shape[1]
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, tokens, 16) for heads in (4, 2, 2))
+    ours, _ = _attend_pairs(None, query, key, value, None, 0.25, layout, window)
+    mask = layout.block_mask(window, torch.device("cpu"))
+    flex = flex_attention(query, key, value, block_mask=mask, scale=0.25, enable_gqa=True)
+    torch.testing.assert_close(flex.transpose(1, 2), ours)
 
 
 @pytest.mark.parametrize("share", [True, False])

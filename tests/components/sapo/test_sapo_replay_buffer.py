@@ -1,5 +1,7 @@
 """The buffer against hand-worked evictions and draw shares, and against a plain simulation."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -14,7 +16,7 @@ def entry(row: int) -> Entry:
 def filled(capacity: int, rows: int) -> ReplayBuffer:
     buffer = ReplayBuffer(capacity)
     for row in range(rows):
-        buffer.add(entry(row))
+        buffer.add([entry(row)])
     return buffer
 
 
@@ -52,7 +54,7 @@ def test_weights_are_one_over_count_plus_one():
 def test_new_entry_starts_with_a_fresh_count():
     buffer = filled(capacity=2, rows=2)
     buffer.draw(50, np.random.default_rng(0))
-    buffer.add(entry(2))
+    buffer.add([entry(2)])
     assert buffer.count(2) == 0
 
 
@@ -70,7 +72,7 @@ def test_matches_a_plain_simulation_of_fifo_and_inverse_frequency_draws():
     capacity, buffer, plain = 37, ReplayBuffer(37), []
     for step in range(120):
         for row in range(5):
-            buffer.add(entry(5 * step + row))
+            buffer.add([entry(5 * step + row)])
             plain = [*plain, [5 * step + row, 0]][-capacity:]
         drawn = [i for i, _ in buffer.draw(5, np.random.default_rng(step))]
         # The tree orders entries by slot (id modulo capacity), so the plain list is put in that order too.
@@ -90,7 +92,7 @@ def test_state_round_trip_continues_identically():
     other = ReplayBuffer(8)
     other.load_state_dict(buffer.state_dict())
     for twin in (buffer, other):
-        twin.add(entry(11))
+        twin.add([entry(11)])
     first, second = (twin.draw(30, np.random.default_rng(2)) for twin in (buffer, other))
     assert [(i, e.row, e.replacement.tolist()) for i, e in first] == [
         (i, e.row, e.replacement.tolist()) for i, e in second
@@ -112,3 +114,33 @@ def test_drawing_from_nothing_is_refused():
 def test_draws_stay_within_what_is_held(capacity):
     buffer = filled(capacity, rows=max(1, capacity // 2))
     assert all(0 <= i < buffer.added for i, _ in buffer.draw(500, np.random.default_rng(3)))
+
+
+@pytest.mark.parametrize("rows", [3, 8, 11])
+def test_adding_many_at_once_is_adding_each(rows):
+    together, apart = filled(capacity=5, rows=2), filled(capacity=5, rows=2)
+    for buffer in (together, apart):
+        buffer.draw(9, np.random.default_rng(0))
+    ids = together.add([entry(2 + i) for i in range(rows)])
+    assert ids == [apart.add([entry(2 + i)])[0] for i in range(rows)]
+    assert together.counts().tolist() == apart.counts().tolist()
+    drawn, expected = ([(i, e.row) for i, e in b.draw(50, np.random.default_rng(1))] for b in (together, apart))
+    assert drawn == expected
+
+
+def test_adding_nothing_changes_nothing():
+    buffer = filled(capacity=5, rows=2)
+    assert buffer.add([]) == []
+    assert (len(buffer), buffer.added) == (2, 2)
+
+
+def test_a_million_entries_of_256_tokens_fit_in_two_and_a_half_gigabytes():
+    """Measured on 4,000 entries as the sampler makes them; memory is linear in their number."""
+    tracemalloc.start()
+    buffer = ReplayBuffer(4_000)
+    for row in range(4_000):
+        segment = Segment(1000 + row, 1256 + row)
+        buffer.add([Entry(10_000 + row, segment, np.zeros(256, dtype=np.int32), 1000 + row, 1000 + row)])
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held / 4_000 < 2500

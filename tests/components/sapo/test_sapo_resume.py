@@ -75,6 +75,8 @@ def assert_equal_runs(resumed: SAPOTrainer, whole: SAPOTrainer) -> None:
     differing = [name for name in mine if not torch.equal(mine[name], theirs[name])]
     assert not differing
     assert metrics(resumed) == metrics(whole)
+    tokens = [{k: v for k, v in run.wall_clock().items() if k.startswith("tokens/")} for run in (resumed, whole)]
+    assert tokens[0] == tokens[1]
 
 
 CASES = {
@@ -82,6 +84,8 @@ CASES = {
     "orpo": {"loss_type": "orpo", "optim": "adamw_torch", "lr_scheduler_type": "inverse_sqrt", "warmup_steps": 3},
     "accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     "on_policy": {"on_policy": True, "responses_per_prompt": 2, "reference": "policy"},
+    "overlap": {"schedule": "overlap"},
+    "overlap_stale": {"schedule": "overlap", "push_interval": 3, "ema_interval": 1},
 }
 
 

@@ -10,6 +10,7 @@ import torch
 from components.common.conversations import read_rows
 from components.common.models import load_model, load_tokenizer
 from components.sapo.config import SAPOConfig
+from components.sapo.reference_cache import ReferenceCache
 from components.sapo.self_play import RowOrder
 from components.sapo.trainer import SAPOTrainer
 
@@ -250,3 +251,48 @@ def test_dropout_is_off(tmp_path, micro_model, chat_data):
 def test_settings_that_cannot_work_name_themselves(tmp_path, name, value):
     with pytest.raises(ValueError, match=rf"{name} = {value}: must be"):
         config(tmp_path, **{name: value})
+
+
+def test_reused_reference_log_probs_change_nothing(trainer, monkeypatch):
+    """A reference that is refreshed twice, with pairs drawn again in between: cached and fresh runs end alike."""
+    settings = {"reference_interval": 3, "max_steps": 7, "replay_buffer_size": 8, "on_policy": True}
+    reused = trainer(**settings)
+    reused.train()
+    shares = [entry["reference/reused"] for entry in reused.state.log_history if "reference/reused" in entry]
+    assert 0 < sum(shares) < len(shares)
+
+    monkeypatch.setattr(ReferenceCache, "missing", lambda self, ids: list(dict.fromkeys(ids)))
+    monkeypatch.setattr(ReferenceCache, "get", lambda self, ids: torch.from_numpy(self._logps[np.array(ids) % 8].T))
+    fresh = trainer(**settings)
+    fresh.train()
+    losses = [[entry["loss"] for entry in run.state.log_history if "loss" in entry] for run in (reused, fresh)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    torch.testing.assert_close(weights(reused.model), weights(fresh.model), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("loss_type", ["dpo", "orpo"])
+def test_bfloat16_trains_and_samples_with_a_copy_of_the_average(trainer, loss_type):
+    run = trainer(bf16=True, loss_type=loss_type, max_steps=3)
+    run.train()
+    assert {p.dtype for p in run.sampler.model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in run.ema.model.parameters()} == {torch.float32}
+    served = [p.to(torch.bfloat16) for p in run.ema.model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(run.sampler.model.parameters(), served, strict=True))
+    assert all(math.isfinite(entry["loss"]) for entry in run.state.log_history if "loss" in entry)
+
+
+def test_sampling_with_the_policy_needs_no_copy(trainer):
+    run = trainer(bf16=True, on_policy=True)
+    assert run.sampler.model is run.model
+
+
+def test_wall_clock_adds_up(trainer):
+    run = trainer(responses_per_prompt=2)
+    run.train()
+    clock = run.wall_clock()
+    assert clock["seconds/first_step"] > clock["seconds/train"] / 4
+    assert (
+        clock["seconds/wait"] == clock["seconds/generate"] > 0
+    )  # `sync`: the learner waits whenever the sampler works
+    assert clock["tokens/generated"] == sum(len(e.replacement) for e in run.buffer._entries)  # 32 entries, none evicted
+    assert clock["tokens/trained"] > 0
