@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from components.common.cli import ConfigParser, check_output, prepare_output, run_stage
+from components.common.cli import ConfigParser, check_output, run_stage
 from components.common.conversations import read_rows
 from components.common.kfp_outputs import publish
 
@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 def main(argv: Sequence[str]) -> None:
     from components.common.models import load_model, load_tokenizer
+    from components.common.processes import is_first, leave, prepare_output_once
     from components.common.training import HIDDEN, TrainingStageConfig, stage_arguments
     from components.sft.config import SFTSettings
 
@@ -35,18 +36,20 @@ def main(argv: Sequence[str]) -> None:
     train, dropped = _dataset(tokenizer, stage, args, "train", limit=None)
     evaluation = _dataset(tokenizer, stage, args, "test", stage.eval_rows)[0] if stage.eval_rows else None
     tokens = sum(len(ids) for ids in train["input_ids"])
-    steps = _steps(len(train), args)
+    steps = _steps(_sequences(train, args), args)
     plan = f"{len(train)} rows ({dropped} dropped: prompt too long), {tokens:,} tokens an epoch, {steps} steps"
+    if is_first():
+        print(f"plan: {plan}; writes {stage.output}") if stage.dry_run else logger.info(plan)
     if stage.dry_run:
-        print(f"plan: {plan}; writes {stage.output}")
         return
 
-    logger.info(plan)
-    output = prepare_output(stage.output, stage.overwrite)
+    output = prepare_output_once(stage.output, stage.overwrite)
     args = dataclasses.replace(args, **stage_arguments(stage.log_directory()))
-    model = load_model(stage.model, "float32")
+    attention = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
+    model = load_model(stage.model, "float32", **attention)
     trainer, summary = _train(model, tokenizer, train, evaluation, args)
     _write(stage, args, trainer, summary, output)
+    leave()
 
 
 def _dataset(tokenizer: Any, stage: Any, args: Any, split: str, limit: int | None) -> tuple[Any, int]:
@@ -65,19 +68,30 @@ def _dataset(tokenizer: Any, stage: Any, args: Any, split: str, limit: int | Non
     return Dataset.from_dict(columns), dropped
 
 
+def _sequences(train: Any, args: Any) -> int:
+    """How many rows the trainer will see: packed ones hold several samples."""
+    if not args.packing:
+        return len(train)
+    from trl import pack_dataset
+
+    return len(pack_dataset(train.select_columns(["input_ids"]), args.max_length, args.packing_strategy))
+
+
 def _steps(rows: int, args: Any) -> int:
     if args.max_steps > 0:
         return args.max_steps
-    return math.ceil(rows / args.train_batch_size / args.gradient_accumulation_steps) * math.ceil(args.num_train_epochs)
+    per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    return math.ceil(rows / per_step) * math.ceil(args.num_train_epochs)
 
 
 def _train(model: Any, tokenizer: Any, train: Any, evaluation: Any, args: Any) -> tuple[Any, dict[str, float]]:
     from trl import SFTTrainer
 
-    from components.common.training import final_evaluation, show_progress
+    from components.common.processes import show_progress_once
+    from components.common.training import final_evaluation
 
     trainer = SFTTrainer(model, args, train_dataset=train, eval_dataset=evaluation, processing_class=tokenizer)
-    show_progress(trainer, "sft")
+    show_progress_once(trainer, "sft")
     summary = trainer.train().metrics
     if evaluation is not None:
         summary |= final_evaluation(trainer)
@@ -85,9 +99,12 @@ def _train(model: Any, tokenizer: Any, train: Any, evaluation: Any, args: Any) -
 
 
 def _write(stage: Any, args: Any, trainer: Any, summary: dict[str, float], output: Any) -> None:
-    from components.common.training import save_model, write_training_log
+    from components.common.processes import is_first, save_model_once
+    from components.common.training import write_training_log
 
-    save_model(trainer, output)
+    save_model_once(trainer, output)
+    if not is_first():
+        return
     settings = dataclasses.asdict(stage) | args.to_dict()
     write_training_log(stage.log_directory(), "sft", stage.name or "sft", trainer, settings, summary)
     logger.info("trained %d steps in %.0f s, wrote %s", trainer.state.global_step, summary["train_runtime"], output)

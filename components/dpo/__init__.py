@@ -1,0 +1,1 @@
+"""dpo: Direct Preference Optimization, with TRL's DPOTrainer."""

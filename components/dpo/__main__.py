@@ -1,0 +1,25 @@
+"""dpo: Direct Preference Optimization on the data's own pairs (arXiv 2305.18290), with TRL's DPOTrainer.
+
+The reference is the start model, frozen. The paper's baseline: beta 0.1, learning rate 5e-7, RMSprop, 3 epochs.
+
+    python -m components.dpo --config tiny --data runs/data --model runs/sft --output runs/dpo
+
+A run that was interrupted (SIGTERM saves first and exits with 143) goes on when the same command is given again.
+"""
+
+import time
+from collections.abc import Sequence
+
+from components.common.cli import run_stage
+
+
+def main(argv: Sequence[str]) -> None:
+    started = time.perf_counter()
+    from components.common.preference import DPOSettings
+    from components.common.preference_stage import run
+
+    run("dpo", DPOSettings, __doc__ or "", argv, started)
+
+
+if __name__ == "__main__":
+    run_stage(main)

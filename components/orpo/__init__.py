@@ -1,0 +1,1 @@
+"""orpo: Odds Ratio Preference Optimization, with TRL's ORPOTrainer."""

@@ -1,0 +1,25 @@
+"""orpo: Odds Ratio Preference Optimization on the data's own pairs (arXiv 2403.07691), with TRL's ORPOTrainer.
+
+There is no reference model. The paper's baseline: lambda 0.05 (`beta`), learning rate 5e-6, AdamW, 3 or 4 epochs.
+
+    python -m components.orpo --config tiny --data runs/data --model runs/sft --output runs/orpo
+
+A run that was interrupted (SIGTERM saves first and exits with 143) goes on when the same command is given again.
+"""
+
+import time
+from collections.abc import Sequence
+
+from components.common.cli import run_stage
+
+
+def main(argv: Sequence[str]) -> None:
+    started = time.perf_counter()
+    from components.common.preference import ORPOSettings
+    from components.common.preference_stage import run
+
+    run("orpo", ORPOSettings, __doc__ or "", argv, started)
+
+
+if __name__ == "__main__":
+    run_stage(main)

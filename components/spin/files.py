@@ -1,0 +1,160 @@
+"""What a run leaves on disk while it is under way, and whether a directory is of this run.
+
+OUTPUT/spin/
+  run.json                    settings, digests of rows and start model, versions
+  clock.json                  seconds so far
+  iteration-0/
+    generated.jsonl           a response for each training row, as token ids
+    held_out.jsonl            the same for held-out rows
+    checkpoints/              of the training under way
+    model/                    the trained model
+    result.json               written last: with it, the iteration is complete
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from components.common.chat_templates import EncodedRow
+from components.common.errors import UserError
+
+CHECKPOINT_MARKER = "complete.json"
+
+# Settings that may differ when a run goes on: they say where things go and how often, not what is computed.
+FREE = frozenset({"report_to", "logging_steps", "save_steps", "save_total_limit", "pairs_per_log", "use_cpu"})
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a file in one move, so that it is never seen half-written."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    with unfinished.open("w", encoding="utf-8") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.rename(path)
+
+
+class RunFiles:
+    """The places of a run.
+
+    Args:
+        output: the stage's output directory.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.root = output / "spin"
+        self.removed = output / "spin.removed"
+        self.run = self.root / "run.json"
+        self.clock = self.root / "clock.json"
+
+    def iteration(self, index: int) -> Path:
+        return self.root / f"iteration-{index}"
+
+    def generated(self, index: int) -> Path:
+        return self.iteration(index) / "generated.jsonl"
+
+    def held_out(self, index: int) -> Path:
+        return self.iteration(index) / "held_out.jsonl"
+
+    def checkpoints(self, index: int) -> Path:
+        return self.iteration(index) / "checkpoints"
+
+    def model(self, index: int) -> Path:
+        return self.iteration(index) / "model"
+
+    def result(self, index: int) -> dict[str, Any] | None:
+        """What a complete iteration came to; None for one that is not complete."""
+        path = self.iteration(index) / "result.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def finish_iteration(self, index: int, result: dict[str, Any]) -> None:
+        """Marks an iteration complete, and drops its checkpoints."""
+        write_json(self.iteration(index) / "result.json", result)
+        shutil.rmtree(self.checkpoints(index), ignore_errors=True)
+
+    def remove(self) -> None:
+        """Drops everything of the run at once: a half-removed run is not taken for an unfinished one."""
+        if self.root.exists():
+            self.root.rename(self.removed)
+        shutil.rmtree(self.removed, ignore_errors=True)
+
+
+def mark_checkpoint(directory: Path, tokens_trained: int) -> None:
+    """Makes a checkpoint count: notes the size of each of its files, last."""
+    sizes = {path.name: path.stat().st_size for path in directory.iterdir() if path.is_file()}
+    write_json(directory / CHECKPOINT_MARKER, {"sizes": sizes, "tokens_trained": tokens_trained})
+
+
+def newest_checkpoint(directory: Path) -> tuple[Path, int] | None:
+    """The newest complete checkpoint and the tokens trained on by then; what interrupted saves left is removed."""
+    complete = []
+    for path in directory.glob("checkpoint-*"):
+        if (tokens := _tokens_if_complete(path)) is None:
+            shutil.rmtree(path)
+        else:
+            complete.append((int(path.name.removeprefix("checkpoint-")), path, tokens))
+    return max(complete)[1:] if complete else None
+
+
+def _tokens_if_complete(checkpoint: Path) -> int | None:
+    marker = checkpoint / CHECKPOINT_MARKER
+    if not marker.is_file():
+        return None
+    content = json.loads(marker.read_text(encoding="utf-8"))
+    files = ((checkpoint / name, size) for name, size in content["sizes"].items())
+    whole = all(path.is_file() and path.stat().st_size == size for path, size in files)
+    return content["tokens_trained"] if whole else None
+
+
+def identity(
+    settings: dict[str, Any], train: Sequence[EncodedRow], held_out: Sequence[EncodedRow], model: Path
+) -> dict[str, Any]:
+    """What must be equal for a directory to be of this run."""
+    fixed = {name: value for name, value in settings.items() if name not in FREE}
+    return {
+        "settings": json.loads(json.dumps(fixed)),
+        "training rows": _rows_digest(train),
+        "held-out rows": _rows_digest(held_out),
+        "start model": _model_digest(model),
+    }
+
+
+def check_identity(files: RunFiles, mine: dict[str, Any]) -> None:
+    """Raises UserError when the directory is of another run, naming every setting that differs."""
+    try:
+        saved = json.loads(files.run.read_text(encoding="utf-8"))
+        before, now = saved["settings"], mine["settings"]
+        names = sorted({*before, *now})
+        differing = [f"{n} was {before.get(n)!r}, is {now.get(n)!r}" for n in names if before.get(n) != now.get(n)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{files.run}: is not the record of a SPIN run; --overwrite starts anew") from error
+    kinds = ("training rows", "held-out rows", "start model")
+    differing += [f"the {kind} differ" for kind in kinds if saved.get(kind) != mine[kind]]
+    if differing:
+        advice = "give the settings it was made with, or --overwrite to start anew"
+        raise UserError(f"{files.root}: is of another run: {'; '.join(differing)}; {advice}")
+
+
+def _rows_digest(rows: Sequence[EncodedRow]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row["id"], row["prompt_ids"], row["chosen_ids"]]).encode())
+    return digest.hexdigest()
+
+
+def _model_digest(model: Path, piece: int = 2**20) -> str:
+    """Tells models apart by their configuration and, of each file of weights, its size and its two ends."""
+    digest = hashlib.sha256((model / "config.json").read_bytes())
+    for path in sorted(model.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(piece))
+            file.seek(max(0, size - piece))
+            digest.update(file.read(piece))
+    return digest.hexdigest()
