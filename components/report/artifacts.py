@@ -71,7 +71,7 @@ class Training(BaseModel):
 
     def curve(self, key: str) -> list[tuple[float, float]]:
         """(step, value) wherever the log has a finite number under `key`."""
-        lines = [line for line in self.history if _is_number(line.get("step")) and _is_number(line.get(key))]
+        lines = [line for line in self.history if is_number(line.get("step")) and is_number(line.get(key))]
         return [(line["step"], line[key]) for line in lines]
 
     def last(self, key: str) -> float | None:
@@ -215,5 +215,6 @@ def _first_repeated(items: Iterable[Any]) -> Any:
     return None
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value of a log is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -6,10 +6,11 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from components.report.artifacts import Evaluation, Pair, Training, early_and_late_pairs
+from components.report.artifacts import Evaluation, Pair, Training, early_and_late_pairs, is_number
 from components.report.comparison import MISSING, Table, build_table, number
 from components.report.config import ReportConfig
 from components.report.curves import CurveGroup, curve_groups
+from components.report.paper import PaperTable, paper_tables
 
 # How much of a text a card shows; the rest is counted. 24 pairs stay below about 200 kB.
 PROMPT_LIMIT, SEGMENT_LIMIT, CONTEXT_LIMIT = 1600, 2400, 900
@@ -20,6 +21,15 @@ _TRAINING_FIGURES = {  # key of the log: heading in the table of trainings, deci
     "eval_rewards/margins": ("held-out margin", 4),
     "eval_rewards/accuracies": ("held-out accuracy", 3),
 }
+_WALL_CLOCK = {  # key of a training's summary: heading in the table of where the time went
+    "seconds/generate": "generating",
+    "seconds/train": "training",
+    "seconds/wait": "waiting",
+    "seconds/first_step": "until first step",
+    "tokens/generated": "tokens generated",
+    "tokens/trained": "tokens trained",
+}
+_PAIRED_STAGES = ("sapo", "spin")  # stages that make their rejected responses, and log some of the pairs
 _TURN = re.compile(r"<\|im_start\|>(\w+)\n|<\|(system|user|assistant)\|>\n")  # headers of our two chat templates
 _END_OF_TURN = re.compile(r"(<\|im_end\|>|</s>|<\|endoftext\|>)?\s*$")
 
@@ -41,6 +51,7 @@ class PairGroup:
     """What one run sampled, early and late."""
 
     name: str
+    stage: str
     early: list[PairCard]
     late: list[PairCard]
 
@@ -95,17 +106,25 @@ class Report:
     missing: list[str]
     training_header: list[str]
     training_rows: list[list[str]]
+    wall_clock_header: list[str]
+    wall_clock_rows: list[list[str]]
+    paper_tables: list[PaperTable]
     curves: list[CurveGroup]
     pairs: list[PairGroup]
     provenance: list[Provenance]
     total_wall_clock: str
     baseline_name: str
 
+    @property
+    def has_spin_pairs(self) -> bool:
+        return any(group.stage == "spin" for group in self.pairs)
+
 
 def build_report(config: ReportConfig, evaluations: list[Evaluation], trainings: list[Training]) -> Report:
     """Computes all that the report shows; what is absent goes to `missing` as sentences."""
     table = build_table(evaluations, config.baseline_name)
     header, rows = _training_table(trainings)
+    wall_clock = _wall_clock_rows(trainings)
     pairs = _pair_groups(trainings, config.pairs_per_report)
     provenance = [Provenance(t.stage, t.name, t.seconds, t.settings, t.versions, t.summary) for t in trainings]
     provenance += [Provenance("evaluation", e.name, e.seconds, e.settings, e.versions, {}) for e in evaluations]
@@ -115,6 +134,9 @@ def build_report(config: ReportConfig, evaluations: list[Evaluation], trainings:
         missing=[*_missing(config, evaluations, trainings), *table.notes],
         training_header=header,
         training_rows=rows,
+        wall_clock_header=["run", "wall-clock", *_WALL_CLOCK.values()],
+        wall_clock_rows=wall_clock,
+        paper_tables=paper_tables(table),
         curves=curve_groups(trainings),
         pairs=pairs,
         provenance=provenance,
@@ -164,7 +186,7 @@ def _missing(config: ReportConfig, evaluations: list[Evaluation], trainings: lis
     if evaluations and (unevaluated := [name for name in trained if name not in evaluated]):
         notes.append(f"Trained but not evaluated: {', '.join(unevaluated)}.")
     notes += [f"{t.name} has an empty log_history.jsonl or none, so no curves." for t in trainings if not t.history]
-    notes += [f"{t.name} logged no pairs.jsonl." for t in trainings if t.stage == "sapo" and not _has_pairs(t)]
+    notes += [f"{t.name} logged no pairs.jsonl." for t in trainings if t.stage in _PAIRED_STAGES and not _has_pairs(t)]
     return notes
 
 
@@ -186,12 +208,29 @@ def _training_table(trainings: list[Training]) -> tuple[list[str], list[list[str
     return header, rows
 
 
+def _wall_clock_rows(trainings: list[Training]) -> list[list[str]]:
+    """Where each training's time went; nothing when none of them says."""
+    rows = []
+    for training in trainings:
+        cells = [_wall_clock_cell(key, training.summary.get(key)) for key in _WALL_CLOCK]
+        rows.append([training.name, duration(training.seconds), *cells])
+    return rows if any(cell != MISSING for row in rows for cell in row[2:]) else []
+
+
+def _wall_clock_cell(key: str, value: Any) -> str:
+    if not is_number(value):
+        return MISSING
+    return duration(value) if key.startswith("seconds/") else number(value, 0)
+
+
 def _pair_groups(trainings: list[Training], total: int) -> list[PairGroup]:
     with_pairs = [training for training in trainings if _has_pairs(training)]
     groups = []
     for training, count in zip(with_pairs, shares(total, len(with_pairs)) if with_pairs else [], strict=True):
         early, late = early_and_late_pairs(training, count)
-        groups.append(PairGroup(training.name, [_card(pair) for pair in early], [_card(pair) for pair in late]))
+        groups.append(
+            PairGroup(training.name, training.stage, [_card(pair) for pair in early], [_card(pair) for pair in late])
+        )
     return [group for group in groups if group.early]
 
 

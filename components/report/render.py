@@ -9,6 +9,7 @@ from markupsafe import Markup, escape
 
 from components.report.comparison import Cell, Column, TableRow
 from components.report.content import PairCard, Report, shares
+from components.report.paper import PaperTable
 
 TEXT_WIDTH = 120
 MARKDOWN_PAIRS = 4
@@ -17,6 +18,15 @@ B_PRIME = "B\N{PRIME}"
 SIGNIFICANCE = (
     "* marks a delta that is significant at the 95% level: |delta| > 1.96 sqrt(se1² + se2²). The models answer the "
     "same samples, which this formula ignores, so it is conservative: a small but steady difference can go unmarked."
+)
+WALL_CLOCK = (
+    "Generating and training may overlap. The first step is counted from the start of the stage, loading included; the "
+    "wall-clock of all but SPIN from the start of training. A dash: the stage does not log it, or does not do it."
+)
+SPIN_PAIRS = "In SPIN the whole response is B, and the model of the iteration before wrote its replacement."
+PAPER = (
+    "Left the paper's figures on its benchmarks, right this run's on its own. Only their order within a table can be "
+    "compared, and only where model, data and steps are the paper's."
 )
 
 
@@ -28,7 +38,9 @@ def to_html(report: Report) -> str:
     )
     environment.filters["line_ends"] = _with_line_ends
     environment.filters["svg"] = Markup  # our own drawings; run names are not in them
-    return environment.get_template("report.html").render(report=report, significance=SIGNIFICANCE)
+    return environment.get_template("report.html").render(
+        report=report, significance=SIGNIFICANCE, wall_clock=WALL_CLOCK, paper=PAPER, spin_pairs=SPIN_PAIRS
+    )
 
 
 def to_markdown(report: Report) -> str:
@@ -39,6 +51,11 @@ def to_markdown(report: Report) -> str:
     if report.training_rows:
         parts += ["## Training", _markdown_table([report.training_header, *report.training_rows])]
         parts += ["Losses, margins and accuracies are the last logged ones."]
+    if report.wall_clock_rows:
+        parts += ["## Where the time went", _markdown_table([report.wall_clock_header, *report.wall_clock_rows])]
+        parts += [WALL_CLOCK]
+    if report.paper_tables:
+        parts += ["## Beside the paper", PAPER, *(_paper_table_in_markdown(table) for table in report.paper_tables)]
     if report.missing:
         parts += ["## Missing", "\n".join(f"- {_markdown(note)}" for note in report.missing)]
     if report.pairs:
@@ -46,6 +63,7 @@ def to_markdown(report: Report) -> str:
             f"The chosen response is A + B + C; the rejected one has {B_PRIME}, sampled from the EMA model, for B. "
             "More pairs are in report.html."
         )
+        intro += f" {SPIN_PAIRS}" if report.has_spin_pairs else ""
         parts += ["## Sampled pairs", intro, *_pairs_in_markdown(report)]
     return "\n\n".join(parts) + "\n"
 
@@ -90,6 +108,11 @@ def _results_in_markdown(report: Report) -> str:
     if table.compared_with:
         legend += f" In brackets: delta to {_markdown(table.compared_with)}. " + _markdown(SIGNIFICANCE)
     return _markdown_table(lines, escaped=True) + "\n\n" + legend
+
+
+def _paper_table_in_markdown(table: PaperTable) -> str:
+    heading = ["", *(f"paper: {column}" for column in table.paper_columns), "model here", *table.our_columns]
+    return f"### {_markdown(table.title)}\n\n{_markdown_table([heading, *table.rows])}"
 
 
 def _markdown_heading(column: Column) -> str:
