@@ -2,7 +2,7 @@
 
     python -m pipelines compile                                   write pipelines/compiled/*.yaml, for the UI's upload
     python -m pipelines compile --check                           only tell whether they still match the code (for CI)
-    python -m pipelines run sapo --run pipelines/runs/tiny.yaml   run it as processes; minutes on a CPU
+    python -m pipelines run comparison --run pipelines/runs/tiny.yaml   run it as processes; minutes on a CPU
     python -m pipelines run --help                                the parameters of every pipeline
 
 Exit codes: 0 done; 1 a stage failed, or --check found a difference; 2 wrong usage; 130 interrupted.
@@ -13,18 +13,21 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from datetime import datetime
+from typing import Any
 
 from components.common.cli import prepare_output
 from components.common.errors import UserError
-from pipelines.package import COMPILED, package_names, read_package, run_arguments
+from pipelines.methods import METHOD_LISTS, check_methods, select
+from pipelines.package import COMPILED, Package, package_names, read_package, run_arguments
 
 _RUN = """Run a compiled pipeline as processes of this Python environment, one task after the other.
 
 Every line a stage says is shown with the task's name and kept in OUTPUT/logs/TASK.log; what it writes lands in
 OUTPUT/outputs/TASK/. Ctrl-C stops the running stage (SIGTERM, then SIGKILL after 20 seconds or a second Ctrl-C).
 
-    python -m pipelines run sapo --run pipelines/runs/tiny.yaml
-    python -m pipelines run sapo --run pipelines/runs/tiny.yaml --set sft_settings.max_steps=5 --output runs/try
+    python -m pipelines run comparison --run pipelines/runs/tiny.yaml
+    python -m pipelines run comparison --run pipelines/runs/tiny.yaml --only sapo-dpo,dpo --output runs/try
+    python -m pipelines run sapo --run pipelines/runs/sapo-tiny.yaml --set sft_settings.max_steps=5
 """
 
 
@@ -78,6 +81,11 @@ def _parser(with_parameters: bool) -> argparse.ArgumentParser:
         default=[],
         help="one parameter, over the file; KEY.SETTING=VALUE sets one key of a mapping; may be repeated",
     )
+    command.add_argument(
+        "--only",
+        metavar="NAMES",
+        help="comparison, ablation: only these methods of the list, by name or group, with commas between",
+    )
     command.add_argument("--output", metavar="DIR", help="default: runs/NAME-TIME; refused if it holds files")
     command.add_argument("--overwrite", action="store_true", help="empty the output directory first")
     return parser
@@ -113,14 +121,15 @@ def _compile(check: bool) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     package = read_package(arguments.pipeline)
-    parameters = run_arguments(package, arguments.run, arguments.set)
+    parameters = _with_methods(package, run_arguments(package, arguments.run, arguments.set), arguments.only)
 
-    from pipelines.local import LocalRun, RunError
+    from pipelines.local import LocalRun, RunError, planned_tasks
 
     output = arguments.output or f"runs/{package.name}-{datetime.now():%Y%m%d-%H%M%S}"
     directory = prepare_output(output, arguments.overwrite)
     run = LocalRun(package, directory)
-    print(f"pipeline {package.name}: {len(package.tasks)} tasks, everything lands in {directory}", flush=True)
+    tasks = len(planned_tasks(package, parameters))
+    print(f"pipeline {package.name}: {tasks} tasks, everything lands in {directory}", flush=True)
     try:
         run.execute(parameters)
     except (RunError, KeyboardInterrupt) as error:
@@ -133,6 +142,17 @@ def _run(arguments: argparse.Namespace) -> int:
     for place in sorted((directory / "outputs").glob("*/*/report.html")):
         print(f"report: {place}")
     return 0
+
+
+def _with_methods(package: Package, parameters: dict[str, Any], only: str | None) -> dict[str, Any]:
+    """The arguments with their list of methods checked, and cut down to those of `--only`."""
+    for name in METHOD_LISTS & package.parameters.keys():
+        methods = parameters.get(name, package.parameters[name].default)
+        check_methods(methods, name)
+        return parameters | ({name: select(methods, only.split(","), name)} if only is not None else {})
+    if only is not None:
+        raise UserError(f"--only {only}: pipeline {package.name} has no list of methods")
+    return parameters
 
 
 if __name__ == "__main__":

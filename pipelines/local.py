@@ -1,18 +1,22 @@
 """Runs a compiled package on this machine, without a cluster: every task is a process of the current environment.
 
 kfp.local walks the DAG, hands outputs over and reads the executor outputs. Its SubprocessRunner refuses container
-components, replaces the text "python3" in every argument, and mends neither null nor whole numbers in mappings; so
-`_hooked` replaces private names of kfp while a run lasts. `KFP_VERSION` is the release in which they are what this
-module expects. kfp's own messages go to `logs/kfp.log`.
+components, replaces the text "python3" in every argument, and mends neither null nor whole numbers in mappings; a loop
+over an empty list leaves nothing to collect, and after a failure the other tasks go on. So `_hooked` replaces private
+names of kfp while a run lasts. `KFP_VERSION` is the release in which they are what this module expects. kfp's own
+messages go to `logs/kfp.log`.
 
     <directory>/arguments.yaml                   what the run was given; works as a run file again
     <directory>/outputs/<task>/<artifact>        what each task wrote
     <directory>/logs/<task>.log                  what each task said
+
+A task in a loop is called after the item: `train-dpo` for the item named dpo.
 """
 
 import contextlib
 import functools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +24,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TextIO
@@ -38,6 +42,7 @@ from kfp.local import (
     subprocess_task_handler,
     task_dispatcher,
 )
+from kfp.local.orchestrator import enhanced_dag_orchestrator, task_spec_utils
 from kfp.pipeline_spec import pipeline_spec_pb2
 
 from components.common.errors import UserError
@@ -87,7 +92,8 @@ class LocalRun:
         self.directory = directory
         self.grace_seconds = grace_seconds
         self.tasks: list[TaskRun] = []
-        self.current = ""  # name of the task that kfp.local is about to run
+        self.plan = dict(package.tasks)  # title of each task, with those of loops once the arguments are known
+        self.current = threading.local()  # .name of the task that kfp.local is about to run; a loop has its own thread
         self._console: TextIO = sys.stdout
         self._started = time.monotonic()
         self._signals = 0
@@ -101,6 +107,7 @@ class LocalRun:
             KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP came; no process of the run is left.
         """
         _require_kfp_version()
+        self.plan = planned_tasks(self.package, arguments)
         logs = self.directory / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(arguments, sort_keys=False, allow_unicode=True)
@@ -138,12 +145,14 @@ class LocalRun:
         """Runs one task to its end and returns the exit code of its process."""
         if self._signals:
             raise KeyboardInterrupt
-        title = self.package.tasks.get(self.current, self.current)
-        task = TaskRun(self.current, title, self.directory / "logs" / f"{self.current}.log")
+        if any(task.state == "failed" for task in self.tasks):
+            raise RunError("a task failed: nothing else starts")
+        name = self.current.name
+        task = TaskRun(name, self.plan.get(name, name), self.directory / "logs" / f"{name}.log")
         self.tasks.append(task)
-        place = f"[{len({t.name for t in self.tasks})}/{len(self.package.tasks)}]"
+        place = f"[{len({t.name for t in self.tasks})}/{len(self.plan)}]"
         elapsed = time.monotonic() - self._started
-        self._say(f"{place} {task.name}: {title} (after {duration(elapsed)}, log {task.log})")
+        self._say(f"{place} {task.name}: {task.title} (after {duration(elapsed)}, log {task.log})")
         started = time.monotonic()
         task.exit_code = self._run_process(task, command, env_vars)
         task.seconds = time.monotonic() - started
@@ -217,7 +226,7 @@ class LocalRun:
         """The tasks with state, duration and log, those that never started last."""
         rows = [(task.name, task.title, task.state, duration(task.seconds), str(task.log)) for task in self.tasks]
         ran = {task.name for task in self.tasks}
-        rows += [(name, title, "not run", "", "") for name, title in self.package.tasks.items() if name not in ran]
+        rows += [(name, title, "not run", "", "") for name, title in self.plan.items() if name not in ran]
         rows.insert(0, ("task", "", "state", "time", "log"))
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
         lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
@@ -227,6 +236,42 @@ class LocalRun:
         """One line: how long the run and each task took."""
         each = ", ".join(f"{task.name} {duration(task.seconds)}" for task in self.tasks)
         return f"{len(self.tasks)} tasks in {duration(time.monotonic() - self._started)}: {each}"
+
+
+def planned_tasks(package: Package, arguments: dict[str, Any]) -> dict[str, str]:
+    """Names and titles of the tasks of a run, those of a loop once for each item of its list.
+
+    Only loops over a parameter of the pipeline are known beforehand; any other task of a loop is counted once.
+    """
+    components = package.spec["components"]
+    tasks = dict(package.tasks)
+    for task in package.spec["root"]["dag"]["tasks"].values():
+        source = task.get("parameterIterator", {}).get("items", {}).get("inputParameter", "")
+        looped_over = source.removeprefix("pipelinechannel--")
+        if looped_over not in package.parameters:
+            continue
+        inner = components[task["componentRef"]["name"]]["dag"]["tasks"].values()
+        in_order = sorted(inner, key=lambda entry: len(entry.get("dependentTasks", [])))
+        names = [entry["componentRef"]["name"].removeprefix("comp-") for entry in in_order]
+        titles = {name: tasks.pop(name) for name in names if name in tasks}
+        for index, item in enumerate(arguments.get(looped_over, package.parameters[looped_over].default) or []):
+            label = item_label(item, index)
+            tasks |= {loop_task_name(name, label): f"{title} of {label}" for name, title in titles.items()}
+    return tasks
+
+
+def item_label(item: Any, index: int) -> str:
+    """What tells an item of a loop from the others: its `name`, else its place."""
+    name = item.get("name") if isinstance(item, dict) else None
+    return name if isinstance(name, str) else str(index)
+
+
+def loop_task_name(component: str, label: str) -> str:
+    """`train` and `dpo` give `train-dpo`.
+
+    The number that KFP puts after a component used twice is left out, so a loop must not use a component twice itself.
+    """
+    return f"{re.sub(r'-[0-9]+$', '', component)}-{label}"
 
 
 class _TaskHandler:
@@ -240,25 +285,62 @@ class _TaskHandler:
         return status.Status.SUCCESS if succeeded else status.Status.FAILURE
 
 
+def _naming_hooks(run: LocalRun) -> list[tuple[Any, str, Any]]:
+    """Names of tasks and of their folders: kfp.local would make `for-loop-1-iteration-0/train` of `train-dpo`."""
+    run_single_task = task_dispatcher.run_single_task_implementation
+    make_iteration = task_spec_utils.create_parameter_loop_iteration_task_spec
+    labels: dict[tuple[str, int], str] = {}  # of the items of each loop
+
+    def name_iteration(task_spec: Any, item: Any, loop: str) -> Any:
+        index = sum(known == loop for known, _ in labels)
+        labels[loop, index] = item_label(item, index)
+        return make_iteration(task_spec, item, loop)
+
+    def run_named_task(**arguments: Any) -> Any:
+        run.current.name = arguments["component_name"].removeprefix("comp-")
+        for loop, index in re.findall(r"([^/]+)-iteration-([0-9]+)", arguments["pipeline_resource_name"]):
+            run.current.name = loop_task_name(run.current.name, labels[loop, int(index)])
+        return run_single_task(**{**arguments, "pipeline_resource_name": "outputs"})
+
+    return [
+        (task_dispatcher, "run_single_task_implementation", run_named_task),
+        (task_spec_utils, "create_parameter_loop_iteration_task_spec", name_iteration),
+        (executor_input_utils, "get_local_pipeline_resource_name", lambda _: "outputs"),
+        (executor_input_utils, "get_local_task_resource_name", lambda _: run.current.name),
+    ]
+
+
+def _loop_or_nothing_collected() -> Callable[..., bool]:
+    """kfp.local's loop; where it had no items, its outputs are empty lists rather than missing."""
+    run_loop = enhanced_dag_orchestrator._run_parallel_for_task
+
+    def run_and_collect(**arguments: Any) -> bool:
+        failed = run_loop(**arguments)
+        outputs = arguments["components"][arguments["task_spec"].component_ref.name].output_definitions
+        for key in () if failed else (*outputs.artifacts, *outputs.parameters):
+            try:
+                arguments["io_store"].get_task_output(arguments["task_name"], key)
+            except ValueError:
+                arguments["io_store"].put_task_output(arguments["task_name"], key, [])
+        return failed
+
+    return run_and_collect
+
+
 @contextlib.contextmanager
 def _hooked(run: LocalRun) -> Iterator[None]:
     """Gives kfp.local what it lacks: container components as processes, and mappings as a cluster passes them on."""
-    run_single_task = task_dispatcher.run_single_task_implementation
     to_protobuf = pipeline_spec_builder.to_protobuf_value
     to_dict = executor_input_utils.executor_input_to_dict
     sort_tasks = graph_utils.topological_sort_tasks
 
-    def run_named_task(**arguments: Any) -> Any:
-        run.current = arguments["component_name"].removeprefix("comp-")
-        return run_single_task(**arguments)
-
     def to_protobuf_or_null(value: Any) -> struct_pb2.Value:
         return struct_pb2.Value(null_value="NULL_VALUE") if value is None else to_protobuf(value)
 
-    hooks: list[tuple[Any, str, Any]] = [
-        (task_dispatcher, "run_single_task_implementation", run_named_task),
+    hooks = [
+        *_naming_hooks(run),
+        (enhanced_dag_orchestrator, "_run_parallel_for_task", _loop_or_nothing_collected()),
         (subprocess_task_handler, "SubprocessTaskHandler", functools.partial(_TaskHandler, run)),
-        (executor_input_utils, "get_local_pipeline_resource_name", lambda _: "outputs"),
         (executor_input_utils, "executor_input_to_dict", lambda *args, **kw: _whole_numbers(to_dict(*args, **kw))),
         (pipeline_spec_builder, "to_protobuf_value", to_protobuf_or_null),
         # The order of a protobuf map differs between processes; with names sorted, every run takes the same order.

@@ -13,11 +13,13 @@ from kfp.dsl import HTML, Artifact, Dataset, Input, Markdown, Metrics, Model, Ou
 from pipelines.cluster import image
 
 
-def _stage(name: str, settings: dict, *flags: Any, recipe: str | None = None) -> dsl.ContainerSpec:
+def _stage(
+    name: str, settings: dict | str, *flags: Any, recipe: str | None = None, image_of: str | None = None
+) -> dsl.ContainerSpec:
     # `python3`, because kfp.local knows that word as "the running interpreter".
     config = [] if recipe is None else ["--config", recipe]
     return dsl.ContainerSpec(
-        image=image(name),
+        image=image(image_of or name),
         command=["python3", "-m", f"components.{name}"],
         args=["--executor_input", "{{$}}", *config, "--settings", settings, *flags],
     )
@@ -116,6 +118,44 @@ def sapo(
 
 
 @dsl.container_component
+def train(
+    data: Input[Dataset],
+    base: Input[Model],
+    sft: Input[Model],
+    name: str,
+    stage: str,
+    start: str,
+    recipe: str,
+    settings: str,
+    model: Output[Model],
+    training_log: Output[Artifact],
+    metrics: Output[Metrics],
+) -> dsl.ContainerSpec:
+    """One method of a comparison: any training stage, from the base or the fine-tuned model.
+
+    Args:
+        data: Conversations.
+        base: The untrained model.
+        sft: The fine-tuned model.
+        name: What the report calls this method.
+        stage: The stage that trains: sapo, dpo, orpo, spin or sft.
+        start: The model to start from: base or sft.
+        recipe: Recipe of that stage: a name such as `tiny-dpo`, or a path.
+        settings: Settings laid over the recipe, a mapping as JSON.
+
+    Returns:
+        model: The trained model, a Hugging Face directory.
+        training_log: Summary and history of the training, and the pairs it was trained on.
+        metrics: Its last values.
+    """
+    # `settings` is text, because a field of a loop's item has no other type; KFP writes a mapping as JSON there.
+    starts = f'{{"base": "{base.path}", "sft": "{sft.path}"}}'
+    inputs = ("--data", data.path, "--model", starts, "--start", start, "--name", name)
+    outputs = ("--output", model.path, "--training_log", training_log.path)
+    return _stage(stage, settings, *inputs, *outputs, recipe=recipe, image_of="train")
+
+
+@dsl.container_component
 def evaluation(
     data: Input[Dataset],
     model: Input[Model],
@@ -179,3 +219,39 @@ def report(
     trainings = _list(sft_training, sapo_dpo_training, sapo_orpo_training)
     outputs = ("--output", report.path, "--html_file", html.path, "--markdown_file", markdown.path)
     return _stage("report", settings, "--evaluations", evaluations, "--trainings", trainings, *outputs)
+
+
+@dsl.container_component
+def comparison_report(
+    base: Input[Artifact],
+    sft: Input[Artifact],
+    evaluations: Input[list[Artifact]],
+    sft_training: Input[Artifact],
+    trainings: Input[list[Artifact]],
+    settings: dict,
+    report: Output[Artifact],
+    html: Output[HTML],
+    markdown: Output[Markdown],
+    metrics: Output[Metrics],
+) -> dsl.ContainerSpec:
+    """Compares the base model, the fine-tuned model and any number of methods in one self-contained page.
+
+    Args:
+        base: Results of the untrained model.
+        sft: Results of the fine-tuned model.
+        evaluations: Results of every method, in order.
+        sft_training: Training log of the fine-tuning.
+        trainings: Training log of every method, in order.
+        settings: Settings of the report stage, such as {"title": "..."}.
+
+    Returns:
+        report: Directory with report.html and report.md.
+        html: The page, shown by the UI.
+        markdown: The tables, shown by the UI.
+        metrics: The main numbers of every model.
+    """
+    # A list of artifacts has no placeholder that a cluster replaces: the stage finds it in the executor input.
+    collected = ("--collected_evaluations", "evaluations", "--collected_trainings", "trainings")
+    inputs = ("--evaluations", _list(base, sft), "--trainings", _list(sft_training), *collected)
+    outputs = ("--output", report.path, "--html_file", html.path, "--markdown_file", markdown.path)
+    return _stage("report", settings, *inputs, *outputs)

@@ -46,6 +46,33 @@ def fake(
     second(given=again.outputs["made"], settings=three).set_display_name("The third")
 
 
+@dsl.container_component
+def second_of_item(given: Input[Artifact], settings: str, made: Output[Artifact]) -> dsl.ContainerSpec:
+    return _container(settings, "--given", given.path, "--output", made.path)
+
+
+@dsl.container_component
+def last(given: Input[list[Artifact]], settings: dict, made: Output[Artifact]) -> dsl.ContainerSpec:
+    return _container(settings, "--output", made.path)
+
+
+@dsl.pipeline(name="loop")
+def loop(items: list, steps: int = 1) -> None:
+    """first -> second for each item -> last."""
+    made = first(settings=NONE).set_display_name("The first")
+    with dsl.ParallelFor(items, parallelism=1) as item:
+        again = second_of_item(given=made.outputs["made"], settings=item.settings).set_display_name("The second")
+    last(given=dsl.Collected(again.outputs["made"]), settings=NONE).set_display_name("The last")
+
+
+@pytest.fixture
+def loop_package(tmp_path: Path) -> Path:
+    """A compiled pipeline of fake stages with a loop."""
+    path = tmp_path / "loop.yaml"
+    compiler.Compiler().compile(loop, str(path))
+    return path
+
+
 @pytest.fixture
 def fake_package(tmp_path: Path) -> Path:
     """A compiled pipeline of three fake stages, in a row."""

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
-from components.common.cli import find_recipe
+from components.common.cli import ConfigParser, find_recipe, read_yaml_mapping
+from components.report.collected import collected_paths
 from pipelines.cluster import VERSION
 from pipelines.compilation import PIPELINES, compile_pipelines, drift
+from pipelines.methods import METHOD_LISTS, check_methods
 from pipelines.package import COMPILED, package_names, read_package, run_arguments
 
 REPOSITORY = Path(__file__).parents[2]
@@ -30,10 +32,15 @@ def test_committed_packages_are_the_code() -> None:
     assert package_names() == sorted(PIPELINES)
 
 
-def test_drift_is_told_and_fails_the_check(tmp_path: Path, run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    (package,) = compile_pipelines(tmp_path)
+@pytest.mark.parametrize("name", sorted(PIPELINES))
+def test_drift_is_told_and_fails_the_check(
+    name: str, tmp_path: Path, run_cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = next(path for path in compile_pipelines(tmp_path) if path.stem == name)
     package.write_text(package.read_text().replace("chitchat-tiny", "changed"))
     difference = drift(tmp_path)
+    assert f"{name}.yaml" in difference
+    assert difference.count("+++ ") == 1
     assert "-      data_recipe: str [Default: 'changed']" in difference.replace("-#", "-  ")
     monkeypatch.setattr("pipelines.compilation.drift", lambda: difference)
     code, out, err = run_cli("compile", "--check")
@@ -55,6 +62,8 @@ def test_every_parameter_and_artifact_is_described(name: str) -> None:
         for group in ("inputDefinitions", "outputDefinitions"):
             for kind in ("parameters", "artifacts"):
                 for key, declared in node.get(group, {}).get(kind, {}).items():
+                    if key.startswith("pipelinechannel--"):  # what kfp passes into a loop
+                        continue
                     description = declared.get("description", "")
                     assert description.endswith("."), f"{where}: {key} is not described"
                     assert "\n" not in description
@@ -68,16 +77,22 @@ def _references(spec: dict[str, Any]) -> Iterator[tuple[str, str, set[str]]]:
         if "executorLabel" in node:
             container = spec["deploymentSpec"]["executors"][node["executorLabel"]]["container"]
             text = " ".join([*container["command"], *container["args"]])
+            assert "Concat" not in text and "IfPresent" not in text  # not every cluster replaces these
             for side, kind, key in re.findall(r"\{\{\$\.(inputs|outputs)\.(\w+)\['(.+?)'\]", text):
                 yield where, key, set((inputs if side == "inputs" else outputs).get(kind, {}))
         tasks = node.get("dag", {}).get("tasks", {})
+        for collected in node.get("dag", {}).get("outputs", {}).get("artifacts", {}).values():
+            for selector in collected["artifactSelectors"]:
+                producer = components[tasks[selector["producerSubtask"]]["componentRef"]["name"]]
+                yield where, selector["outputArtifactKey"], set(producer["outputDefinitions"]["artifacts"])
         for task in tasks.values():
             component = components[task["componentRef"]["name"]]
             for kind in ("parameters", "artifacts"):
                 given = task.get("inputs", {}).get(kind, {})
+                item = {task.get("parameterIterator", {}).get("itemInput")}
                 for key, declared in component.get("inputDefinitions", {}).get(kind, {}).items():
                     if not declared.get("isOptional"):
-                        yield f"{where}: {task['taskInfo']['name']}", key, set(given)
+                        yield f"{where}: {task['taskInfo']['name']}", key, set(given) | item
                 for source in given.values():
                     if "componentInputParameter" in source:
                         yield where, source["componentInputParameter"], set(inputs.get("parameters", {}))
@@ -85,6 +100,8 @@ def _references(spec: dict[str, Any]) -> Iterator[tuple[str, str, set[str]]]:
                         producer = components[tasks[produced["producerTask"]]["componentRef"]["name"]]
                         yield where, produced["outputArtifactKey"], set(producer["outputDefinitions"]["artifacts"])
                         yield where, produced["producerTask"], set(task["dependentTasks"])
+                    if chosen := source.get("componentInputArtifact"):
+                        yield where, chosen, set(inputs.get("artifacts", {}))
 
 
 @pytest.mark.parametrize("name", package_names())
@@ -97,31 +114,88 @@ def test_every_reference_is_declared(name: str) -> None:
 def test_version_of_images_is_the_version_of_the_distribution() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     assert project["version"] == VERSION
-    images = {e["container"]["image"] for e in _spec("sapo")["deploymentSpec"]["executors"].values()}
-    stages = ("data", "model", "sft", "sapo", "evaluation", "report")
-    assert images == {f"ghcr.io/sapo-pipelines/{stage}:{VERSION}" for stage in stages}
+    for pipeline, trainer in (("sapo", "sapo"), ("comparison", "train"), ("ablation", "train")):
+        images = {e["container"]["image"] for e in _spec(pipeline)["deploymentSpec"]["executors"].values()}
+        stages = ("data", "model", "sft", trainer, "evaluation", "report")
+        assert images == {f"ghcr.io/sapo-pipelines/{stage}:{VERSION}" for stage in stages}
+
+
+def _pipeline_of(run_file: Path) -> str:
+    prefix = run_file.stem.partition("-")[0]
+    return prefix if prefix in PIPELINES else "comparison"
 
 
 @pytest.mark.parametrize("run_file", RUNS, ids=lambda path: path.stem)
 def test_run_files_fit_and_name_recipes_that_exist(run_file: Path) -> None:
-    package = read_package("sapo")
+    package = read_package(_pipeline_of(run_file))
     arguments = run_arguments(package, str(run_file), [])
     assert set(arguments) == set(package.parameters)  # a run file shows everything
+    assert f"pipelines run {package.name} --run pipelines/runs/{run_file.name}" in run_file.read_text()
     for name, value in arguments.items():
         if name.endswith("_recipe"):
-            find_recipe(name.partition("_")[0], value)
+            find_recipe("data" if name == "sft_data_recipe" else name.partition("_")[0], value)
 
 
-def test_defaults_are_the_tiny_run() -> None:
-    package = read_package("sapo")
-    tiny = run_arguments(package, str(REPOSITORY / "pipelines" / "runs" / "tiny.yaml"), [])
+@pytest.mark.parametrize("run_file", RUNS, ids=lambda path: path.stem)
+def test_methods_of_run_files_have_recipes_and_settings_that_their_stages_take(run_file: Path) -> None:
+    arguments = run_arguments(read_package(_pipeline_of(run_file)), str(run_file), [])
+    for name in METHOD_LISTS & arguments.keys():
+        check_methods(arguments[name], name)
+        for entry in arguments[name]:
+            settings = read_yaml_mapping(find_recipe(entry["stage"], entry["recipe"])) | entry["settings"]
+            # Only what depends on the machine is left out.
+            settings = {key: value for key, value in settings.items() if not key.startswith(("fsdp", "bf16"))}
+            settings |= {"use_cpu": True, "bf16": False, "report_to": "none"} | _SAMPLER.get(entry["stage"], {})
+            argv = ["--data", "d", "--output", "o", "--model", '{"base": "b", "sft": "s"}', "--start", entry["start"]]
+            stage, _ = _parser_of(entry["stage"]).parse([*argv, "--settings", json.dumps(settings)])
+            assert stage.model == {"base": "b", "sft": "s"}[entry["start"]]
+
+
+_SAMPLER = {"spin": {"sampler": "hf"}}
+
+
+def _parser_of(stage: str) -> ConfigParser:
+    from components.common.preference import DPOSettings, ORPOSettings
+    from components.common.preference_stage import PreferenceStageConfig
+    from components.common.training import HIDDEN, TrainingStageConfig
+    from components.sapo.config import SAPOConfig, SAPOStageConfig
+    from components.sft.config import SFTSettings
+    from components.spin.config import SPINSettings, SPINStageConfig
+
+    classes: dict[str, list[type]] = {
+        "sapo": [SAPOStageConfig, SAPOConfig],
+        "dpo": [PreferenceStageConfig, DPOSettings],
+        "orpo": [PreferenceStageConfig, ORPOSettings],
+        "spin": [SPINStageConfig, SPINSettings],
+        "sft": [TrainingStageConfig, SFTSettings],
+    }
+    return ConfigParser(stage, classes[stage], hidden=() if stage == "spin" else HIDDEN)
+
+
+@pytest.mark.parametrize(("name", "run"), [("sapo", "sapo-tiny"), ("comparison", "tiny")])
+def test_defaults_are_the_tiny_run(name: str, run: str) -> None:
+    package = read_package(name)
+    tiny = run_arguments(package, str(REPOSITORY / "pipelines" / "runs" / f"{run}.yaml"), [])
     assert {name: parameter.default for name, parameter in package.parameters.items()} == tiny
+
+
+def test_ablation_has_every_group_and_the_paper_rows_are_names_of_variants() -> None:
+    runs = REPOSITORY / "pipelines" / "runs"
+    groups = {"default", "table3", "table4", "table5", "figure2", "ema", "sft_chosen", "spin_ema"}
+    tiny, paper = (
+        yaml.safe_load((runs / f"ablation-{name}.yaml").read_text())["variants"] for name in ("tiny", "llama3-8b")
+    )
+    assert {entry["group"] for entry in tiny} == {entry["group"] for entry in paper} == groups
+    assert read_package("ablation").parameters["variants"].default == tiny
+    names = {entry["name"] for entry in paper}
+    tables = yaml.safe_load((REPOSITORY / "components" / "report" / "paper.yaml").read_text())
+    assert [row["label"] for table in tables for row in table["rows"] if not names & set(row["runs"])] == []
 
 
 @pytest.fixture
 def fake_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory whose `components` package holds fake stages; `python -m` finds it first."""
-    for stage in ("data", "model", "sft", "sapo", "evaluation", "report"):
+    for stage in ("data", "model", "sft", "sapo", "dpo", "orpo", "spin", "evaluation", "report"):
         folder = tmp_path / "components" / stage
         folder.mkdir(parents=True)
         shutil.copy(Path(__file__).parent / "fake_stage.py", folder / "__main__.py")
@@ -132,7 +206,7 @@ def fake_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_sapo_wires_the_stages_as_meant(fake_stages: Path, run_cli: Cli) -> None:
     settings = ["--set", "sapo_orpo_settings.beta=0.3", "--set", "report_settings.title=T"]
-    tiny = REPOSITORY / "pipelines" / "runs" / "tiny.yaml"
+    tiny = REPOSITORY / "pipelines" / "runs" / "sapo-tiny.yaml"
     code, out, err = run_cli("run", "sapo", "--run", tiny, *settings, "--output", "out")
     assert (code, err) == (0, "")
     order = re.findall(r"^\[\d+/10\] (\S+):", out, re.M)
@@ -163,3 +237,107 @@ def test_sapo_wires_the_stages_as_meant(fake_stages: Path, run_cli: Cli) -> None
     assert report["--settings"] == '{"title": "T"}'
     assert (root / "report" / "html").is_file()
     assert (root / "data" / "rejected_rows").is_file()
+
+
+METHODS = [
+    {"name": "a", "stage": "sapo", "start": "sft", "recipe": "tiny-dpo", "settings": {"beta": 0.5, "steps": 3}},
+    {"name": "b", "stage": "spin", "start": "base", "recipe": "tiny-orpo", "settings": {}},
+    {"name": "c", "stage": "dpo", "start": "sft", "recipe": "tiny", "settings": {"none": None, "text": 'it\'s "q"'}},
+]
+
+
+def _run_comparison(run_cli: Cli, methods: Any, *more: object, pipeline: str = "comparison") -> tuple[int, str, str]:
+    parameter = "variants" if pipeline == "ablation" else "methods"
+    run_file = Path.cwd() / "run.yaml"
+    run_file.write_text(yaml.safe_dump({parameter: methods, "report_settings": {"title": "T"}}))
+    return run_cli("run", pipeline, "--run", run_file, "--output", "out", *more)
+
+
+def _flags(task: str, artifact: str) -> dict[str, str]:
+    return json.loads((Path.cwd() / "out" / "outputs" / task / artifact / "flags.json").read_text())
+
+
+@pytest.mark.parametrize("pipeline", ["comparison", "ablation"])
+def test_every_method_is_trained_evaluated_and_reported(fake_stages: Path, run_cli: Cli, pipeline: str) -> None:
+    code, out, err = _run_comparison(run_cli, METHODS, pipeline=pipeline)
+    assert (code, err) == (0, "")
+    first = ["data", "model", "evaluation", "data-2", "sft", "evaluation-2"]
+    loop = [f"{task}-{name}" for name in "abc" for task in ("train", "evaluation")]
+    assert re.findall(r"^\[\d+/13\] (\S+):", out, re.M) == [*first, *loop, "comparison-report"]
+    assert "train-b: Training of b (" in out and "[train-b] hello" in out
+    root = Path.cwd() / "out" / "outputs"
+    for method in METHODS:
+        trained, evaluated = (
+            _flags(f"train-{method['name']}", "model"),
+            _flags(f"evaluation-{method['name']}", "results"),
+        )
+        assert json.loads(trained["--model"]) == {"base": f"{root}/model/model", "sft": f"{root}/sft/tuned"}
+        assert {key: trained[f"--{key}"] for key in ("name", "start")} == {k: method[k] for k in ("name", "start")}
+        assert trained["--config"] == method["recipe"]
+        assert json.loads(trained["--settings"]) == method["settings"]
+        assert (evaluated["--model"], evaluated["--name"]) == (trained["--output"], method["name"])
+        assert evaluated["--data"] == trained["--data"] == f"{root}/data/data"
+    settings = json.loads(_flags("train-a", "model")["--settings"])  # its keys come in any order
+    assert isinstance(settings["steps"], int), "3 was handed over as 3.0"
+    assert _flags("sft", "tuned")["--data"] == f"{root}/data-2/data"
+    commands = json.loads(_flags("train-b", "model")["--executor_input"])["inputs"]["parameterValues"]
+    assert commands["stage"] == "spin"
+    _check_report(root, ["a", "b", "c"])
+
+
+def _check_report(root: Path, names: list[str]) -> None:
+    report = _flags("comparison-report", "report")
+    executor_input = report["--executor_input"]
+    evaluations, trainings = report["--collected_evaluations"], report["--collected_trainings"]
+    assert yaml.safe_load(report["--evaluations"]) == [f"{root}/evaluation/results", f"{root}/evaluation-2/results"]
+    assert yaml.safe_load(report["--trainings"]) == [f"{root}/sft/training_log"]
+    assert collected_paths(executor_input, evaluations) == [f"{root}/evaluation-{name}/results" for name in names]
+    assert collected_paths(executor_input, trainings) == [f"{root}/train-{name}/training_log" for name in names]
+    assert report["--settings"] == '{"title": "T"}'
+
+
+def test_train_runs_the_stage_that_the_method_names(fake_stages: Path, run_cli: Cli) -> None:
+    for stage in ("sapo", "spin", "dpo"):
+        module = fake_stages / "components" / stage / "__main__.py"
+        module.write_text(f'print("I am {stage}")\n' + module.read_text())
+    code, out, _ = _run_comparison(run_cli, METHODS)
+    assert code == 0
+    assert re.findall(r"\[train-(.)\] I am (\w+)", out) == [("a", "sapo"), ("b", "spin"), ("c", "dpo")]
+
+
+@pytest.mark.parametrize(
+    ("methods", "only", "names"),
+    [(METHODS[::2], [], ["a", "c"]), (METHODS, ["--only", "c,b"], ["b", "c"]), ([], [], [])],
+)
+def test_a_method_left_out_is_not_run_and_not_reported(
+    fake_stages: Path, run_cli: Cli, methods: Any, only: list[str], names: list[str]
+) -> None:
+    code, out, err = _run_comparison(run_cli, methods, *only)
+    assert (code, err) == (0, "")
+    assert re.findall(r"^\[\d+/\d+\] train-(\S+):", out, re.M) == names
+    assert out.startswith(f"pipeline comparison: {7 + 2 * len(names)} tasks")
+    assert yaml.safe_load((Path.cwd() / "out" / "arguments.yaml").read_text())["methods"] == [
+        method for method in METHODS if method["name"] in names
+    ]
+    _check_report(Path.cwd() / "out" / "outputs", names)
+
+
+def test_a_training_that_fails_ends_the_run(fake_stages: Path, run_cli: Cli) -> None:
+    failing = [METHODS[0], METHODS[1] | {"settings": {"exit_code": 3}}, METHODS[2]]
+    code, out, err = _run_comparison(run_cli, failing)
+    assert code == 1
+    assert (
+        err == "pipelines: error: task train-b (Training of b) failed with exit code 3; its log: out/logs/train-b.log\n"
+    )
+    ran = re.findall(r"^\[\d+/13\] (\S+):", out, re.M)
+    assert ran[-1] == "train-b"  # neither c nor the report started
+    not_run = re.findall(r"^(\S+) .* not run$", out, re.M)
+    assert sorted(not_run) == ["comparison-report", "evaluation-b", "evaluation-c", "train-c"]
+
+
+def test_wrong_methods_end_the_command_before_anything_starts(fake_stages: Path, run_cli: Cli) -> None:
+    code, out, err = _run_comparison(run_cli, [METHODS[0], METHODS[0]])
+    assert (code, out) == (2, "")
+    assert err == "pipelines: error: methods: two entries are named 'a'; the report needs a name for each\n"
+    code, _, err = run_cli("run", "sapo", "--only", "dpo")
+    assert (code, err) == (2, "pipelines: error: --only dpo: pipeline sapo has no list of methods\n")

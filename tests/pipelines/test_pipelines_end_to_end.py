@@ -1,6 +1,8 @@
-"""The compiled pipeline on the real stages, with a model small enough for seconds."""
+"""The compiled pipelines on the real stages, with a model small enough for seconds."""
 
+import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,33 +25,118 @@ TASKS = [
 ]
 
 
-def run_file(directory: Path, source: Path, architecture: Path) -> Path:
-    steps = {"max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1, "eval_steps": 3, "eval_rows": 8}
-    arguments = {
-        "data_settings": {"source": str(source), "format": "auto", "test_rows": 16, "min_response_characters": 1},
-        "model_settings": {"source": f"scratch://{architecture}"},
-        "sft_settings": steps,
-        "sapo_dpo_settings": steps,
-        "sapo_orpo_settings": steps,
+STEPS = {"max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1, "eval_steps": 3, "eval_rows": 8}
+SPIN = {"train_rows": 8, "per_device_train_batch_size": 4, "max_new_tokens": 4, "logging_steps": 1, "eval_rows": 4}
+
+
+def run(directory: Path, chat_data: Path, micro_model: Path, pipeline: str, **arguments: object) -> tuple[Path, str]:
+    """Runs a pipeline from chats to report; gives the directory of the run and what was said."""
+    source = directory / "chats.jsonl"
+    source.write_text("".join((chat_data / f"{split}.jsonl").read_text() for split in ("train", "test")))
+    data = {"source": str(source), "format": "auto", "test_rows": 16, "min_response_characters": 1}
+    arguments |= {
+        "data_settings": data,
+        "model_settings": {"source": f"scratch://{micro_model.parent / 'micro.yaml'}"},
+        "sft_settings": STEPS,
         "evaluation_settings": {"limit": 12},
         "report_settings": {"title": "Tiny test"},
     }
     path = directory / "run.yaml"
     path.write_text(yaml.safe_dump(arguments))
-    return path
+    output = directory / "output"
+    command = [sys.executable, "-m", "pipelines", "run", pipeline, "--run", str(path), "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return output, done.stdout
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, chat_data, micro_model) -> tuple[Path, str]:
-    directory = tmp_path_factory.mktemp("run")
-    source = directory / "chats.jsonl"
-    source.write_text("".join((chat_data / f"{split}.jsonl").read_text() for split in ("train", "test")))
-    run = run_file(directory, source, micro_model.parent / "micro.yaml")
-    output = directory / "output"
-    command = [sys.executable, "-m", "pipelines", "run", "sapo", "--run", str(run), "--output", str(output)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return output, done.stdout
+    settings = {"sapo_dpo_settings": STEPS, "sapo_orpo_settings": STEPS}
+    return run(tmp_path_factory.mktemp("sapo"), chat_data, micro_model, "sapo", **settings)
+
+
+def method(name: str, stage: str, recipe: str, start: str = "sft", **settings: object) -> dict[str, object]:
+    short = SPIN if stage == "spin" else STEPS
+    return {"name": name, "stage": stage, "start": start, "recipe": recipe, "settings": short | settings}
+
+
+METHODS = [
+    method("sapo-dpo", "sapo", "tiny-dpo"),
+    method("sapo-orpo", "sapo", "tiny-orpo", start="base"),
+    method("dpo", "dpo", "tiny"),
+    method("orpo", "orpo", "tiny", start="base"),
+    method("spin-dpo", "spin", "tiny-dpo"),
+    method("spin-orpo", "spin", "tiny-orpo"),
+]
+VARIANTS = [
+    method("on-policy", "sapo", "tiny-orpo", on_policy=True),
+    method("sft-chosen", "sft", "tiny"),
+]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory, chat_data, micro_model) -> tuple[Path, str]:
+    arguments = {"methods": METHODS, "sft_data_settings": {"max_rows": 24}}
+    return run(tmp_path_factory.mktemp("comparison"), chat_data, micro_model, "comparison", **arguments)
+
+
+@pytest.fixture(scope="module")
+def ablated(tmp_path_factory, chat_data, micro_model) -> tuple[Path, str]:
+    arguments = {"variants": VARIANTS, "sft_data_settings": {"max_rows": 24}}
+    return run(tmp_path_factory.mktemp("ablation"), chat_data, micro_model, "ablation", **arguments)
+
+
+def rows_of(markdown: str, heading: str) -> list[str]:
+    """First cells of the first table below a heading, without the table's own head."""
+    lines = markdown[markdown.index(f"## {heading}\n") :].splitlines()
+    table = list(itertools.takewhile(lambda line: line.startswith("|"), lines[2:]))
+    return [line.split("|")[1].strip() for line in table[2:]]
+
+
+@pytest.mark.slow
+def test_a_comparison_trains_evaluates_and_reports_every_method(compared):
+    output, said = compared
+    ran = re.findall(r"^\[\d+/19\] (\S+):", said, re.M)
+    names = [method["name"] for method in METHODS]
+    first = ["data", "data-2", "model", "sft", "evaluation", "evaluation-2"]
+    loop = [f"{task}-{name}" for name in names for task in ("train", "evaluation")]
+    assert sorted(ran[:6]) == sorted(first)
+    assert ran[6:] == [*loop, "comparison-report"]
+    markdown = (output / "outputs" / "comparison-report" / "report" / "report.md").read_text()
+    assert rows_of(markdown, "Results")[:8] == ["base", "sft", *names]
+    assert rows_of(markdown, "Training") == ["sft", *names]
+    assert rows_of(markdown, "Where the time went") == ["sft", *names]
+    assert "Missing" not in markdown
+    assert "Beside the paper" not in markdown
+
+
+@pytest.mark.slow
+def test_each_method_ran_its_stage_from_its_start_with_its_settings(compared):
+    output, _ = compared
+    models = {"base": str(output / "outputs" / "model" / "model"), "sft": str(output / "outputs" / "sft" / "tuned")}
+    for entry in METHODS:
+        folder = output / "outputs" / f"train-{entry['name']}"
+        summary = json.loads((folder / "training_log" / "summary.json").read_text())
+        assert (summary["name"], summary["stage"]) == (entry["name"], entry["stage"])
+        assert summary["settings"]["model"] == models[entry["start"]]
+        expected = entry["settings"] if entry["stage"] == "spin" else {"max_steps": 3}
+        assert {key: summary["settings"][key] for key in expected} == expected
+        assert (folder / "model" / "model.safetensors").is_file()
+        measured = output / "outputs" / f"evaluation-{entry['name']}" / "results" / "results.json"
+        assert json.loads(measured.read_text())["name"] == entry["name"]
+
+
+@pytest.mark.slow
+def test_an_ablation_stands_beside_the_paper(ablated):
+    output, said = ablated
+    assert len(re.findall(r"^\[\d+/11\] ", said, re.M)) == 11
+    markdown = (output / "outputs" / "comparison-report" / "report" / "report.md").read_text()
+    assert rows_of(markdown, "Results")[:4] == ["base", "sft", "on-policy", "sft-chosen"]
+    assert "dpo" not in rows_of(markdown, "Training")
+    assert "### Table 3: training paradigm" in markdown
+    assert "| on-policy | 65.97 | 36.73 | 7.49 | on-policy |" in markdown
+    assert "Table 5" not in markdown
 
 
 @pytest.mark.slow

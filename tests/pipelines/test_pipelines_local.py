@@ -15,6 +15,7 @@ import kfp
 import pytest
 import yaml
 from kfp.local import executor_input_utils, subprocess_task_handler, task_dispatcher
+from kfp.local.orchestrator import enhanced_dag_orchestrator, task_spec_utils
 
 from pipelines.local import LocalRun
 from pipelines.package import read_package
@@ -36,6 +37,36 @@ def test_tasks_run_in_order_and_hand_outputs_over(fake_package: Path, tmp_path: 
     assert flags["--given"] == str(run_directory / "outputs" / "second" / "made")
     assert "3 tasks in" in out.splitlines()[-1]
     assert yaml.safe_load((run_directory / "arguments.yaml").read_text()) == {"steps": 1}
+
+
+def test_a_loop_runs_once_for_each_item_and_is_called_after_it(
+    loop_package: Path, tmp_path: Path, run_cli: Cli
+) -> None:
+    items = "[{name: a, settings: {}}, {settings: {say: me}}]"
+    code, out, err = run_cli("run", loop_package, "--set", f"items={items}", "--output", tmp_path / "run")
+    assert (code, err) == (0, "")
+    assert re.findall(r"^\[\d/4\] .*? \(", out, re.M) == [
+        "[1/4] first: The first (",
+        "[2/4] second-of-item-a: The second of a (",
+        "[3/4] second-of-item-1: The second of 1 (",
+        "[4/4] last: The last (",
+    ]
+    assert "[second-of-item-1] me\n" in out
+    outputs = tmp_path / "run" / "outputs"
+    given = json.loads((outputs / "last" / "made" / "flags.json").read_text())["--executor_input"]
+    collected = json.loads(given)["inputs"]["artifacts"]["given"]["artifacts"]
+    assert [artifact["uri"] for artifact in collected] == [
+        f"{outputs}/second-of-item-{label}/made" for label in ("a", "1")
+    ]
+
+
+def test_nothing_starts_after_a_failure_in_a_loop(loop_package: Path, tmp_path: Path, run_cli: Cli) -> None:
+    items = "[{name: a, settings: {exit_code: 3}}, {name: b, settings: {}}]"
+    code, out, err = run_cli("run", loop_package, "--set", f"items={items}", "--output", tmp_path / "run")
+    log = tmp_path / "run" / "logs" / "second-of-item-a.log"
+    assert code == 1
+    assert err == f"pipelines: error: task second-of-item-a (The second of a) failed with exit code 3; its log: {log}\n"
+    assert [line.split()[0] for line in out.splitlines() if line.endswith("not run")] == ["last", "second-of-item-b"]
 
 
 def test_lines_are_shown_with_the_task_and_kept_in_a_log(fake_package: Path, tmp_path: Path, run_cli: Cli) -> None:
@@ -156,6 +187,18 @@ def test_interruption_stops_the_stage_and_its_children(
     assert not (tmp_path / "run" / "outputs" / "second-2").exists()
 
 
+def test_interruption_ends_a_loop(loop_package: Path, tmp_path: Path, started: list["subprocess.Popen[str]"]) -> None:
+    items = "items=[{name: a, settings: {sleep: true}}, {name: b, settings: {}}]"
+    process = _start(loop_package, tmp_path / "run", items)
+    started.append(process)
+    child = int(_lines_until(process, r"sleeping, child (\d+)")[1])
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=15)
+    assert (process.returncode, err) == (130, "pipelines: interrupted\n")
+    assert [line.split()[0] for line in out.splitlines() if line.endswith("not run")] == ["last", "second-of-item-b"]
+    assert _ends(child)
+
+
 def test_second_interruption_kills_a_stage_that_does_not_stop(
     fake_package: Path, tmp_path: Path, started: list["subprocess.Popen[str]"]
 ) -> None:
@@ -197,7 +240,16 @@ def test_hooks_fit_the_pinned_kfp_and_are_taken_out_again(fake_package: Path, tm
     assert list(inspect.signature(executor_input_utils.get_local_pipeline_resource_name).parameters) == [
         "pipeline_name"
     ]
+    run_loop, make_spec = (
+        enhanced_dag_orchestrator._run_parallel_for_task,
+        task_spec_utils.create_parameter_loop_iteration_task_spec,
+    )
+    assert {"task_name", "task_spec", "components", "io_store"} <= set(inspect.signature(run_loop).parameters)
+    assert list(inspect.signature(make_spec).parameters) == ["original_task_spec", "loop_item", "loop_task_name"]
+    assert list(inspect.signature(executor_input_utils.get_local_task_resource_name).parameters) == ["component_name"]
     run_cli("run", fake_package, "--set", "steps=1", "--output", tmp_path / "run")
+    assert enhanced_dag_orchestrator._run_parallel_for_task is run_loop
+    assert task_spec_utils.create_parameter_loop_iteration_task_spec is make_spec
     assert subprocess_task_handler.SubprocessTaskHandler is handler
     assert task_dispatcher.run_single_task_implementation is run_single_task
 

@@ -106,7 +106,10 @@ def test_wrong_parameter_ends_the_command_before_anything_is_written(
 def test_missing_or_broken_package_and_run_file(fake_package: Path, tmp_path: Path, run_cli: Cli) -> None:
     code, _, err = run_cli("run", "sapoo")
     assert code == 2
-    assert err == "pipelines: error: no pipeline 'sapoo'; there are: sapo, or give a package's path\n"
+    assert (
+        err
+        == "pipelines: error: no pipeline 'sapoo'; there are: ablation, comparison, sapo, or give a package's path\n"
+    )
     (tmp_path / "other.yaml").write_text("a: 1")
     code, _, err = run_cli("run", tmp_path / "other.yaml")
     assert code == 2

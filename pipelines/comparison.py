@@ -1,0 +1,99 @@
+"""The pipeline `comparison`: data -> model -> sft -> every method of a list, each evaluated -> report."""
+
+from typing import Any
+
+from kfp import dsl
+from kfp.dsl.for_loop import LoopArgumentVariable
+
+from pipelines import stages
+from pipelines.methods import methods_of_run
+
+NO_SETTINGS: dict[str, Any] = {}
+METHODS = methods_of_run("tiny", "methods")
+Recipe = tuple[Any, Any]  # the recipe and the settings of a stage, both parameters of the pipeline
+
+
+def compare(
+    methods: Any, data: Recipe, sft_data: Recipe, model: Recipe, sft: Recipe, evaluation: Recipe, report_settings: Any
+) -> None:
+    """The graph of `comparison` and `ablation`, called while either is compiled."""
+    rows = _task("Data", stages.data, data)
+    sft_rows = _task("Data for SFT", stages.data, sft_data)
+    base = _task("Base model", stages.model, model, data=rows.outputs["data"])
+    tuned = _task("SFT", stages.sft, sft, data=sft_rows.outputs["data"], model=base.outputs["model"])
+
+    def evaluate(trained: Any, name: Any, title: str) -> Any:
+        measured = _task(title, stages.evaluation, evaluation, data=rows.outputs["data"], model=trained, name=name)
+        return measured.outputs["results"]
+
+    base_results = evaluate(base.outputs["model"], "base", "Evaluation of base")
+    sft_results = evaluate(tuned.outputs["tuned"], "sft", "Evaluation of sft")
+
+    # A loop rather than dsl.If: only what a loop collects can be used outside of it, and a method that is not in the
+    # list is then simply not there. One method at a time, because each takes all the GPUs, or cores, of a machine.
+    with dsl.ParallelFor(methods, parallelism=1, name="methods") as entry:
+        fields = {key: LoopArgumentVariable(entry, key) for key in ("name", "stage", "start", "recipe", "settings")}
+        trained = stages.train(
+            data=rows.outputs["data"], base=base.outputs["model"], sft=tuned.outputs["tuned"], **fields
+        )
+        trained.set_display_name("Training")
+        results = evaluate(trained.outputs["model"], fields["name"], "Evaluation")
+
+    stages.comparison_report(
+        base=base_results,
+        sft=sft_results,
+        evaluations=dsl.Collected(results),
+        sft_training=tuned.outputs["training_log"],
+        trainings=dsl.Collected(trained.outputs["training_log"]),
+        settings=report_settings,
+    ).set_display_name("Report")
+
+
+def _task(title: str, stage: Any, recipe: Recipe, **inputs: Any) -> Any:
+    return stage(recipe=recipe[0], settings=recipe[1], **inputs).set_display_name(title)
+
+
+@dsl.pipeline(name="comparison", display_name="SAPO compared with SFT, DPO, ORPO and SPIN")
+def comparison(
+    methods: list = METHODS,
+    data_recipe: str = "chitchat-tiny",
+    data_settings: dict = NO_SETTINGS,
+    sft_data_recipe: str = "chitchat-tiny",
+    sft_data_settings: dict = NO_SETTINGS,
+    model_recipe: str = "tiny",
+    model_settings: dict = NO_SETTINGS,
+    sft_recipe: str = "tiny",
+    sft_settings: dict = NO_SETTINGS,
+    evaluation_recipe: str = "held-out-tiny",
+    evaluation_settings: dict = NO_SETTINGS,
+    report_settings: dict = NO_SETTINGS,
+) -> None:
+    """Aligns a model by SAPO (arXiv 2405.20830) and by the methods it is compared with, and reports all of them.
+
+    A model is fine-tuned (SFT). Each entry of `methods` starts from it, or from the base model, and trains. Base, SFT and
+    every method are evaluated on the same held-out conversations, and one report compares them. Leave an entry out and
+    the method is not run and not in the report. The defaults are a run of minutes on two CPU cores.
+
+    Args:
+        methods: What to train: entries of name, stage (sapo, dpo, orpo, spin, sft), start (base, sft), recipe, settings.
+        data_recipe: Recipe of the data stage: a name in components/data/recipes, or a path inside the image.
+        data_settings: Settings laid over the data recipe, such as {"source": "hf://owner/name"}.
+        sft_data_recipe: Recipe of the data for SFT; the same as data_recipe when one data set serves both.
+        sft_data_settings: Settings laid over the recipe of the data for SFT.
+        model_recipe: Recipe of the model stage, which fetches or makes the base model.
+        model_settings: Settings laid over the model recipe, such as {"source": "hf://owner/name"}.
+        sft_recipe: Recipe of the supervised fine-tuning.
+        sft_settings: Settings laid over the sft recipe, such as {"max_steps": 100}.
+        evaluation_recipe: Recipe of the evaluation, the same for all models.
+        evaluation_settings: Settings laid over the evaluation recipe.
+        report_settings: Settings of the report, such as {"title": "My run"}.
+    """
+    compare(
+        methods=methods,
+        data=(data_recipe, data_settings),
+        sft_data=(sft_data_recipe, sft_data_settings),
+        model=(model_recipe, model_settings),
+        sft=(sft_recipe, sft_settings),
+        evaluation=(evaluation_recipe, evaluation_settings),
+        report_settings=report_settings,
+    )

@@ -1,0 +1,54 @@
+"""Lists of methods: what is refused and in which words, and what `--only` keeps."""
+
+from typing import Any
+
+import pytest
+
+from components.common.errors import UserError
+from pipelines.methods import check_methods, methods_of_run, select
+
+GOOD: dict[str, Any] = {"name": "a.b-1", "stage": "spin", "start": "base", "recipe": "tiny-dpo", "settings": {"x": 1}}
+
+
+def _without(key: str) -> dict[str, Any]:
+    return {name: value for name, value in GOOD.items() if name != key}
+
+
+def test_good_lists_pass() -> None:
+    check_methods([], "methods")
+    check_methods([GOOD, GOOD | {"name": "b", "group": "table3", "stage": "sft", "start": "sft"}], "methods")
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        (["dpo"], "methods: entry 1 is str, must be a mapping with the keys name, stage, start, recipe, settings"),
+        ([GOOD, _without("start")], "methods: entry 2 has no 'start'; it needs name, stage, start, recipe, settings"),
+        ([GOOD | {"beta": 1}], "methods: entry 1 has the unknown key 'beta'; it takes name, stage, "),
+        ([GOOD | {"settings": None}], "methods: entry 1: settings = None must be a mapping"),
+        ([GOOD | {"recipe": 3}], "methods: entry 1: recipe = 3 must be text"),
+        ([GOOD | {"stage": "ppo"}], "methods: entry 1: stage = 'ppo', must be one of sapo, dpo, orpo, spin, sft"),
+        ([GOOD | {"start": "dpo"}], "methods: entry 1: start = 'dpo', must be one of base, sft"),
+        ([GOOD | {"name": "../x"}], "methods: entry 1: name = '../x' must be letters, digits"),
+        ([GOOD | {"name": "sft"}], "methods: entry 1: name = 'sft' must be letters, digits, '.', '_', '-', not base"),
+        ([GOOD, GOOD], "methods: two entries are named 'a.b-1'"),
+    ],
+)
+def test_bad_lists_are_one_clear_line(methods: list[Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        check_methods(methods, "methods")
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_only_takes_names_and_groups_and_keeps_the_order() -> None:
+    entries = [GOOD | {"name": name, "group": group} for name, group in (("a", "x"), ("b", "y"), ("c", "x"))]
+    entries.append(GOOD | {"name": "d"})
+    assert [entry["name"] for entry in select(entries, ["d", "x"], "variants")] == ["a", "c", "d"]
+    with pytest.raises(UserError, match="--only z: variants has no entry or group of this name; it has a, b, c, d, x"):
+        select(entries, ["a", "z"], "variants")
+
+
+def test_default_of_the_comparison_has_all_six_methods() -> None:
+    names = [entry["name"] for entry in methods_of_run("tiny", "methods")]
+    assert names == ["sapo-dpo", "sapo-orpo", "dpo", "orpo", "spin-dpo", "spin-orpo"]
