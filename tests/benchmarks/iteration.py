@@ -1,0 +1,120 @@
+"""A whole iteration of Algorithm 1, sample + train + EMA, against the same iteration written plainly.
+
+The plain one is how the authors' code works: generate on a padded batch, policy and reference over padded rows with all
+logits, an EMA parameter by parameter.
+"""
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from components.common.samplers import SamplingSettings
+from components.common.samplers.hf import HFSampler
+from components.sapo.ema import EMA, frozen_copy
+from components.sapo.losses import dpo_loss
+from components.sapo.pair_forward import PairIds, collate, response_logps
+from tests.benchmarks.harness import Result, compare, speed
+from tests.benchmarks.shapes import Shape, make_pairs, smollm2_shape
+
+SEGMENT = 64
+
+
+def whole_iteration(quick: bool) -> list[Result]:
+    """DPO on eight pairs of a 512-token window with 64-token segments, no pair scored before by the reference."""
+    shape = Shape(pairs=8, prompt=(150, 300), response=(120, 200), segment=(SEGMENT, SEGMENT))
+    pairs = make_pairs(shape)
+    model = smollm2_shape(layers=3 if quick else 30)
+    ours, plain = Ours(model, pairs), Plain(copy.deepcopy(model), pairs)
+    same = [side.loss(pairs).item() for side in (ours, plain)]
+    if abs(same[0] - same[1]) > 1e-4:
+        raise AssertionError(f"losses on the same pairs differ: {same}")
+    theirs, mine = compare([plain.iteration, ours.iteration], 1 if quick else 2, warm_up=False)
+    setting = f"{shape}, float32, {torch.get_num_threads()} threads"
+    return [speed("whole DPO iteration", setting, "written plainly", theirs, mine)]
+
+
+def contexts(pairs: list[PairIds]) -> list[list[int]]:
+    """x and A of each pair; B is the SEGMENT tokens after them."""
+    return [pair.prompt + pair.chosen[: pair.shared()] for pair in pairs]
+
+
+def spliced(pair: PairIds, replacement: list[int]) -> PairIds:
+    a, c = pair.chosen[: pair.shared()], pair.chosen[pair.shared() + SEGMENT :]
+    return PairIds(pair.prompt, pair.chosen, a + replacement + c)
+
+
+class Ours:
+    """The parts that SAPOTrainer puts together."""
+
+    def __init__(self, model: LlamaForCausalLM, pairs: list[PairIds]) -> None:
+        self.model, self.pairs = model, pairs
+        self.ema, self.reference = EMA(model, 0.5), frozen_copy(model)
+        self.optimizer = torch.optim.RMSprop(model.parameters(), lr=5e-7)
+        served: Any = self.ema.served
+        self.sampler = HFSampler(served, SamplingSettings(0.7, 50, 0.95, frozenset({2})), pad_id=0)
+
+    def loss(self, pairs: list[PairIds]) -> Tensor:
+        batch = collate(pairs, pad_id=0, share=True, from_divergence=True)
+        with torch.no_grad():
+            reference = response_logps(self.reference, batch).sum(dim=1).chunk(2)
+        chosen, rejected = response_logps(self.model, batch).sum(dim=1).chunk(2)
+        return dpo_loss(chosen, rejected, *reference, 0.1).losses.mean()
+
+    def iteration(self) -> None:
+        limits = [SEGMENT] * len(self.pairs)
+        replacements = self.sampler.generate(contexts(self.pairs), limits, list(range(len(self.pairs))))
+        pairs = [spliced(pair, replacement) for pair, replacement in zip(self.pairs, replacements, strict=True)]
+        self.loss(pairs).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.update(self.model)
+
+
+class Plain:
+    """Nothing shared, nothing left out."""
+
+    def __init__(self, model: LlamaForCausalLM, pairs: list[PairIds]) -> None:
+        self.model, self.pairs = model, pairs
+        self.ema, self.reference = copy.deepcopy(model), copy.deepcopy(model)
+        self.optimizer = torch.optim.RMSprop(model.parameters(), lr=5e-7)
+
+    def loss(self, pairs: list[PairIds]) -> Tensor:
+        rows = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
+        longest = max(len(prompt) + len(response) for prompt, response in rows)
+        ids, labels = torch.zeros(len(rows), longest, dtype=torch.long), torch.full((len(rows), longest), -100)
+        for i, (prompt, response) in enumerate(rows):
+            ids[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
+            labels[i, len(prompt) : len(prompt) + len(response)] = torch.tensor(response)
+        attention = torch.arange(longest) < torch.tensor([len(p) + len(r) for p, r in rows]).unsqueeze(1)
+        with torch.no_grad():
+            reference = self.sums(self.reference, ids, attention.long(), labels).chunk(2)
+        chosen, rejected = self.sums(self.model, ids, attention.long(), labels).chunk(2)
+        return dpo_loss(chosen, rejected, *reference, 0.1).losses.mean()
+
+    @staticmethod
+    def sums(model: LlamaForCausalLM, ids: Tensor, attention: Tensor, labels: Tensor) -> Tensor:
+        logps = model(input_ids=ids, attention_mask=attention).logits[:, :-1].log_softmax(-1)
+        labels = labels[:, 1:]
+        return (logps.gather(2, labels.clamp(min=0).unsqueeze(2)).squeeze(2) * (labels >= 0)).sum(1)
+
+    def iteration(self) -> None:
+        prompts = contexts(self.pairs)
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+        attention = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        options = {"do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 0.95, "max_new_tokens": SEGMENT}
+        generate: Any = self.ema.generate
+        with torch.no_grad():
+            tokens = generate(input_ids=ids, attention_mask=attention, eos_token_id=2, pad_token_id=0, **options)
+        replacements = [np.trim_zeros(row, "b").tolist() for row in tokens[:, longest:].numpy()]
+        pairs = [spliced(pair, replacement) for pair, replacement in zip(self.pairs, replacements, strict=True)]
+        self.loss(pairs).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            for mine, theirs in zip(self.ema.parameters(), self.model.parameters(), strict=True):
+                mine.data = 0.5 * mine.data + 0.5 * theirs.data

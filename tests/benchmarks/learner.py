@@ -1,0 +1,152 @@
+"""One learner step, forward and backward, against TRL's trainers on the same pairs; and how both grow."""
+
+import copy
+import os
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from components.common.training import has_fast_bfloat16
+from components.sapo.losses import dpo_loss, orpo_loss
+from components.sapo.pair_forward import PairIds, collate, response_logps
+from tests.benchmarks.harness import Result, compare, memory, speed
+from tests.benchmarks.shapes import Shape, learner_flops, make_pairs, matrix_speed, smollm2_shape
+
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+OPTIONS = {"report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True}
+REFERENCE = -1000.0  # log-prob of every response under the reference, given to both sides
+Loss = Callable[[], torch.Tensor]
+Step = Callable[[], None]
+
+
+def learner_step(quick: bool) -> list[Result]:
+    """DPO and ORPO at the lengths of SAPO's pairs: time and extra peak memory."""
+    model, shape = smollm2_shape(layers=3 if quick else 30), Shape()
+    pairs = make_pairs(shape)
+    results = []
+    for dtype in (torch.float32, torch.bfloat16) if has_fast_bfloat16() else (torch.float32,):
+        for name, peer, ours, theirs in (
+            ("DPO", "TRL DPOTrainer", our_dpo, trl_dpo),
+            ("ORPO", "TRL ORPOTrainer", our_orpo, trl_orpo),
+        ):
+            limit = learner_flops(model, pairs, name == "DPO") / matrix_speed(dtype)
+            setting = f"{shape}, {str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"
+            functions = [theirs(model, pairs, dtype), ours(model, pairs, dtype)]
+            peer_values, our_values = compare(functions, 2 if quick else 3)
+            results += [
+                speed(f"{name} learner step", setting, peer, peer_values, our_values, limit),
+                memory(f"{name} extra peak memory", setting, peer, peer_values, our_values),
+            ]
+    return results
+
+
+def growth(quick: bool) -> list[Result]:
+    """The DPO step of a six-layer model as one size grows at a time."""
+    results = []
+    sizes = [(Shape(prompt=(p, p), response=(200, 200), segment=(96, 96)), 49152) for p in (50, 400, 1600)]
+    sizes += [(Shape(prompt=(300, 300), response=(r, r), segment=(r // 2, r // 2)), 49152) for r in (64, 512)]
+    sizes += [(Shape(pairs=n, prompt=(300, 300), response=(200, 200), segment=(96, 96)), 49152) for n in (1, 6)]
+    sizes += [(Shape(prompt=(300, 300), response=(200, 200), segment=(96, 96)), v) for v in (8192, 131072)]
+    for shape, vocabulary in sizes[:3] if quick else sizes:
+        model, pairs = smollm2_shape(layers=2 if quick else 6, vocabulary=vocabulary), make_pairs(shape)
+        functions = [trl_dpo(model, pairs, torch.float32), our_dpo(model, pairs, torch.float32)]
+        theirs, ours = compare(functions, 1 if quick else 3)
+        setting = f"{shape}, vocabulary {vocabulary:,}"
+        results += [
+            speed("growth: DPO step", setting, "TRL DPOTrainer", theirs, ours),
+            memory("growth: memory", setting, "TRL DPOTrainer", theirs, ours),
+        ]
+    return results
+
+
+def step(model: LlamaForCausalLM, loss: Loss, dtype: torch.dtype) -> Step:
+    def run() -> None:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            value = loss()
+        value.backward()
+        model.zero_grad()
+
+    return run
+
+
+def our_dpo(model: LlamaForCausalLM, pairs: list[PairIds], dtype: torch.dtype) -> Step:
+    batch = collate(pairs, pad_id=0, share=True, from_divergence=True)
+    reference = torch.full((len(pairs),), REFERENCE)
+
+    def loss() -> torch.Tensor:
+        chosen, rejected = response_logps(model, batch).sum(dim=1).chunk(2)
+        return dpo_loss(chosen, rejected, reference, reference, 0.1).losses.mean()
+
+    return step(model, loss, dtype)
+
+
+def our_orpo(model: LlamaForCausalLM, pairs: list[PairIds], dtype: torch.dtype) -> Step:
+    batch = collate(pairs, pad_id=0, share=True)
+
+    def loss() -> torch.Tensor:
+        chosen, rejected = (response_logps(model, batch).sum(dim=1) / batch.response_mask.sum(dim=1)).chunk(2)
+        return orpo_loss(chosen, rejected, -chosen, 0.05).losses.mean()
+
+    return step(model, loss, dtype)
+
+
+def trl_dpo(model: LlamaForCausalLM, pairs: list[PairIds], dtype: torch.dtype) -> Step:
+    """TRL's loss, with the reference's log-probs as columns (its `precompute_ref_log_probs`)."""
+    from trl import DPOConfig, DPOTrainer
+
+    class Pretokenised(DPOTrainer):
+        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+            return dataset
+
+    reference = {"ref_chosen_logps": REFERENCE, "ref_rejected_logps": REFERENCE}
+    rows = [{"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected, **reference} for p in pairs]
+    with tempfile.TemporaryDirectory() as directory:
+        args = DPOConfig(directory, max_length=None, per_device_train_batch_size=len(pairs), **OPTIONS)
+        # The trainer changes its model's forward, so it gets a copy; the reference is never called.
+        twin, unused = copy.deepcopy(model), smollm2_shape(layers=1, vocabulary=8)
+        trainer = Pretokenised(twin, unused, args, train_dataset=Dataset.from_list(rows), processing_class=_tokenizer())
+    trainer.precompute_ref_logps = True
+    batch = next(iter(trainer.get_train_dataloader()))
+    return step(twin, lambda: trainer.compute_loss(twin, dict(batch)), dtype)
+
+
+def trl_orpo(model: LlamaForCausalLM, pairs: list[PairIds], dtype: torch.dtype) -> Step:
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    tokenizer = _tokenizer()
+    with tempfile.TemporaryDirectory() as directory:
+        args = ORPOConfig(directory, beta=0.05, max_length=4096, **OPTIONS)
+        rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+        twin = copy.deepcopy(model)
+        trainer = ORPOTrainer(twin, args, train_dataset=rows, processing_class=tokenizer)
+    batch = _orpo_batch(pairs)
+    return step(twin, lambda: trainer.get_batch_loss_metrics(twin, dict(batch), train_eval="eval")[0], dtype)
+
+
+def _orpo_batch(pairs: list[PairIds]) -> dict[str, torch.Tensor]:
+    """The pairs as TRL's collator gives them: padded on the right, prompt masked in the labels."""
+    batch = {}
+    for name in ("chosen", "rejected"):
+        rows = [(p.prompt, p.chosen if name == "chosen" else p.rejected) for p in pairs]
+        longest = max(len(prompt) + len(response) for prompt, response in rows)
+        padding = [longest - len(prompt) - len(response) for prompt, response in rows]
+        ids = [prompt + response + [0] * n for (prompt, response), n in zip(rows, padding, strict=True)]
+        mask = [[1] * (longest - n) + [0] * n for n in padding]
+        labels = [[-100] * len(p) + r + [-100] * n for (p, r), n in zip(rows, padding, strict=True)]
+        for part, values in (("input_ids", ids), ("attention_mask", mask), ("labels", labels)):
+            batch[f"{name}_{part}"] = torch.tensor(values)
+    return batch
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {"<unk>": 0, "a": 1, "b": 2, "c": 3}
+    model = BPE(vocab=vocabulary, merges=[], unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), pad_token="<pad>", eos_token="<eos>")
+    tokenizer.bos_token = "<eos>"
+    return tokenizer

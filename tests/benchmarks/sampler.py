@@ -1,0 +1,144 @@
+"""vLLM against transformers' generate, the push of weights against a copy of them, and sampling beside the learner.
+
+Runs in a process of its own with one thread, as the learner and the sampler have one core each: `python -m tests.benchmarks`
+starts it.
+"""
+
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import warnings
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback
+
+from components.common.errors import UserError
+from components.common.samplers import SamplingSettings, make_canary
+from components.common.samplers.hf import HFSampler
+from components.sapo.ema import copy_weights, frozen_copy
+from tests.benchmarks.harness import Measured, Result, compare, speed
+from tests.benchmarks.shapes import smollm2_shape
+
+SETTINGS = SamplingSettings(temperature=0.7, top_k=50, top_p=0.95, stop_ids=frozenset({1}))
+NEW_TOKENS = 64
+
+
+def sampler(quick: bool) -> list[Result]:
+    """All cases of this file, from the process that measures them; none where vLLM is not installed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.benchmarks.sampler", *(["--quick"] if quick else [])]
+    printed = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return [Result(**fields) for fields in json.loads(printed.splitlines()[-1])]
+
+
+def main(quick: bool) -> list[Result]:
+    from components.common.samplers.vllm import VLLMSampler, import_vllm
+
+    try:
+        import_vllm()
+    except UserError as error:
+        print(f"the sampler's cases are left out: {error}", file=sys.stderr)
+        return []
+    with tempfile.TemporaryDirectory() as directory:
+        model = smollm2_shape(layers=4 if quick else 30)
+        save(model, directory)
+        vllm = VLLMSampler(directory, SETTINGS, max_model_len=512)
+        results = [*generation(model, vllm, quick), *push(model, vllm, quick)]
+        vllm.close()
+    with tempfile.TemporaryDirectory() as directory:
+        save(smollm2_shape(layers=3 if quick else 8), directory)
+        results += overlap(directory, quick)
+    return results
+
+
+def save(model: LlamaForCausalLM, directory: str) -> None:
+    """The model with a tokenizer of numbers: text plays no part here."""
+    model.save_pretrained(directory)
+    words = {"<pad>": 0, "<eos>": 1} | {str(i): i for i in range(2, 1000)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    wrapped.chat_template = "{{ messages }}"  # never used: rows are ids already
+    wrapped.save_pretrained(directory)
+
+
+def generation(model: LlamaForCausalLM, vllm: Any, quick: bool) -> list[Result]:
+    """Tokens a second, as milliseconds for the same tokens."""
+    results = []
+    hf = HFSampler(model, SETTINGS, pad_id=0)
+    random = np.random.default_rng(0)
+    for count, shortest, longest in ((16, 320, 320), (8, 150, 400)):
+        prompts = [random.integers(5, 1000, int(random.integers(shortest, longest + 1))).tolist() for _ in range(count)]
+
+        def go(engine: Any, prompts: list[list[int]] = prompts) -> None:
+            engine.generate(prompts, [NEW_TOKENS] * len(prompts), list(range(len(prompts))))
+
+        def fresh(prompts: list[list[int]] = prompts) -> None:
+            vllm._llm.reset_prefix_cache()  # as after a push: every prompt is computed
+            go(vllm, prompts)
+
+        theirs, ours = compare([lambda: go(hf), fresh], 1 if quick else 2)
+        print(f"{count} x {NEW_TOKENS}: generate {theirs.seconds:.1f} s, vLLM {ours.seconds:.1f} s", file=sys.stderr)
+        setting = f"{count} x {NEW_TOKENS} tokens after prompts of {shortest}-{longest}, float32, 1 thread"
+        results.append(speed("vLLM generation", setting, "transformers' generate", theirs, ours))
+    return results
+
+
+def push(model: LlamaForCausalLM, vllm: Any, quick: bool) -> list[Result]:
+    twin, canary = frozen_copy(model), make_canary(model, list(range(5, 21)))
+    memcpy, ours = compare(
+        [lambda: copy_weights(model, twin), lambda: vllm.load(model.named_parameters(), 1, canary)], 3 if quick else 7
+    )
+    setting = f"{model.num_parameters() / 1e6:.0f}M parameters, float32, 1 thread; with its proof"
+    return [speed("vLLM weight push", setting, "a copy of the weights", memcpy, ours)]
+
+
+def overlap(directory: str, quick: bool) -> list[Result]:
+    """Steps of SAPOTrainer with vLLM: sampling before each step against sampling beside it."""
+    from components.sapo.config import SAPOConfig
+    from components.sapo.trainer import SAPOTrainer
+
+    random = np.random.default_rng(0)
+    rows = [
+        {
+            "id": str(i),
+            "prompt_ids": random.integers(5, 1000, 200).tolist(),
+            "chosen_ids": [*random.integers(5, 1000, 150).tolist(), 1],
+        }
+        for i in range(16)
+    ]
+    options = {"loss_type": "dpo", "segment_length": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "max_length": 512}
+    options |= {"sampler": "vllm", "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no"}
+    options |= {"per_device_train_batch_size": 2, "responses_per_prompt": 4, "disable_tqdm": True, "logging_steps": 1}
+    options |= {"max_steps": 3 if quick else 6}
+    taken: dict[str, list[float]] = {"sync": [], "overlap": []}
+    share = 0.0
+    for _ in range(1 if quick else 2):
+        for schedule, seconds in taken.items():
+            args = SAPOConfig(output_dir=f"{directory}/{schedule}", schedule=schedule, **options)
+            trainer = SAPOTrainer(directory, args, rows)
+            trainer.remove_callback(PrinterCallback)
+            runtime = trainer.train().metrics["train_runtime"]
+            seconds.append(runtime / args.max_steps)
+            trainer.sampler.close()  # type: ignore[attr-defined]
+            if schedule == "sync":
+                sampled = [e["seconds/sample"] for e in trainer.state.log_history if "seconds/sample" in e]
+                share = statistics.mean(sampled) * args.max_steps / runtime
+    sync, beside = (Measured(statistics.median(seconds), 0.0) for seconds in taken.values())
+    setting = f"8 layers, 2 pairs, 8 x {NEW_TOKENS} tokens sampled ({share:.0%} of a sync step), 1 thread each"
+    return [speed("SAPO step, overlap", setting, "sync", sync, beside)]
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    print(json.dumps([asdict(result) for result in main("--quick" in sys.argv)]))
