@@ -283,7 +283,7 @@ def chunked_logps(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
     if type(head) is nn.Linear and head.bias is None and head.weight.numel() == head.in_features * head.out_features:
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
-        return _FusedLogps.apply(hidden.to(dtype), head.weight.to(dtype), targets)
+        return _FusedLogps.apply(hidden.to(dtype), head.weight, targets)
     chunks = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
     if not (torch.is_grad_enabled() and hidden.requires_grad):
         return torch.cat([token_logps(head(h), t) for h, t in chunks])
@@ -305,42 +305,52 @@ class _FusedLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """(tokens, size), (vocab, size), (tokens,) -> (tokens,) in float32."""
-        logps, lses, buffer = [], [], _logits_buffer(hidden, weight)
+        """(tokens, size) in the type to multiply in, (vocab, size) in any, (tokens,) -> (tokens,) in float32."""
+        logps, lses, head = [], [], weight.to(hidden.dtype)
+        buffer = _logits_buffer(hidden, head)
         for part, target in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
-            logits = torch.mm(part, weight.t(), out=buffer[: len(part)]).float()
+            logits = torch.mm(part, head.t(), out=buffer[: len(part)]).float()
             chosen = logits.gather(1, target.unsqueeze(1)).squeeze(1)
             highest = logits.amax(dim=1, keepdim=True)
             lses.append(logits.sub_(highest).exp_().sum(dim=1).log_().add_(highest.squeeze(1)))
             logps.append(chosen - lses[-1])
+        # The weight as it is, not its cast copy: a copy as large as the head would be held until backward.
         ctx.save_for_backward(hidden, weight, targets, torch.cat(lses))
         return torch.cat(logps)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
         hidden, weight, targets, lses = ctx.saved_tensors
-        d_hidden, buffer = torch.empty_like(hidden), _logits_buffer(hidden, weight)
+        head = weight.to(hidden.dtype)
+        d_hidden, buffer = torch.empty_like(hidden), _logits_buffer(hidden, head)
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for low in range(0, len(hidden), CHUNK):
             part = slice(low, low + CHUNK)
             gradient = gradients[0][part]
-            logits = torch.mm(hidden[part], weight.t(), out=buffer[: len(gradient)]).float()
+            logits = torch.mm(hidden[part], head.t(), out=buffer[: len(gradient)]).float()
             d_logits = logits.sub_(lses[part].unsqueeze(1)).exp_()
             d_logits.mul_(-gradient.unsqueeze(1))
             d_logits[torch.arange(len(gradient), device=gradient.device), targets[part]] += gradient
-            d_logits = d_logits.to(weight.dtype)
-            torch.mm(d_logits, weight, out=d_hidden[part])
+            d_logits = d_logits.to(head.dtype)
+            torch.mm(d_logits, head, out=d_hidden[part])
             if d_weight is not None:
-                if weight.dtype == torch.float32:
-                    d_weight.addmm_(d_logits.t(), hidden[part])
-                else:  # summed over chunks in float32, through a copy as large as the head
-                    d_weight += d_logits.t() @ hidden[part]
+                _add_product(d_weight, d_logits, hidden[part])
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None
 
 
 def _logits_buffer(hidden: Tensor, weight: Tensor) -> Tensor:
     """Room for one chunk's logits, used again for every chunk: fresh memory costs as much as the arithmetic in it."""
     return hidden.new_empty(min(CHUNK, len(hidden)), len(weight))
+
+
+def _add_product(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
+    """total += d_logits.T @ hidden, summed in float32: (vocab, size), (tokens, vocab), (tokens, size)."""
+    if d_logits.dtype == torch.float32:
+        total.addmm_(d_logits.t(), hidden)
+        return
+    for low in range(0, len(total), 8192):  # parts of the vocabulary, so that no product is as large as the head
+        rows = slice(low, low + 8192)
+        total[rows] += d_logits[:, rows].t() @ hidden
 
 
 def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
@@ -371,10 +381,28 @@ def shared_prefix_attention(model: nn.Module) -> Iterator[None]:
     config: Any = model.config
     before = config._attn_implementation
     config._attn_implementation = SHARED_PREFIX
+    hooks = [norm.register_forward_hook(_cast_for_autocast) for norm in _norms_before_projections(model)]
     try:
         yield
     finally:
         config._attn_implementation = before
+        for hook in hooks:
+            hook.remove()
+
+
+def _norms_before_projections(model: nn.Module) -> list[nn.Module]:
+    """The norms whose output several linear layers read (query, key and value; gate and up)."""
+    layers: Any = model.base_model.layers  # type: ignore[union-attr]
+    return [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+
+
+def _cast_for_autocast(norm: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """Under autocast each linear layer casts its input, and keeps its own copy for backward: here it is cast once for all.
+
+    The values are those that the layers would have made.
+    """
+    kind = output.device.type
+    return output.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else output
 
 
 def _attend_pairs(

@@ -7,12 +7,12 @@ python -m tests.benchmarks --case ema        # one case
 
 import argparse
 import logging
+import time
 import warnings
 from pathlib import Path
 
 from datasets import disable_progress_bars
 
-from components.common.progress import progress
 from tests.benchmarks.harness import table, write
 from tests.benchmarks.iteration import whole_iteration
 from tests.benchmarks.learner import growth, learner_step
@@ -33,9 +33,11 @@ parser.add_argument("--quick", action="store_true", help="smaller sizes and fewe
 parser.add_argument("--case", choices=CASES, help="only this one; the others' rows of results.json stay")
 arguments = parser.parse_args()
 
-chosen = [CASES[arguments.case]] if arguments.case else list(CASES.values())
-results = [result for case in progress(chosen, desc="benchmarks", unit="cases") for result in case(arguments.quick)]
-print(table(results))
+for case in [CASES[arguments.case]] if arguments.case else list(CASES.values()):
+    start = time.perf_counter()
+    results = case(arguments.quick)
+    print(f"\n{table(results)}\n[{case.__name__}: {time.perf_counter() - start:.0f} s]", flush=True)
+    if not arguments.quick:
+        write(results, RESULTS)
 if not arguments.quick:
-    write(results, RESULTS)
     print(f"\nwrote {RESULTS}")

@@ -5,6 +5,10 @@ logits, an EMA parameter by parameter.
 """
 
 import copy
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,15 +16,19 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from components.common.errors import UserError
 from components.common.samplers import SamplingSettings
 from components.common.samplers.hf import HFSampler
+from components.common.samplers.vllm import VLLMSampler, import_vllm
+from components.common.training import has_fast_bfloat16
 from components.sapo.ema import EMA, frozen_copy
 from components.sapo.losses import dpo_loss
 from components.sapo.pair_forward import PairIds, collate, response_logps
 from tests.benchmarks.harness import Result, compare, speed
-from tests.benchmarks.shapes import Shape, make_pairs, smollm2_shape
+from tests.benchmarks.shapes import Shape, make_pairs, save, smollm2_shape
 
 SEGMENT = 64
+SETTINGS = SamplingSettings(0.7, 50, 0.95, frozenset({2}))
 
 
 def whole_iteration(quick: bool) -> list[Result]:
@@ -28,13 +36,44 @@ def whole_iteration(quick: bool) -> list[Result]:
     shape = Shape(pairs=8, prompt=(150, 300), response=(120, 200), segment=(SEGMENT, SEGMENT))
     pairs = make_pairs(shape)
     model = smollm2_shape(layers=3 if quick else 30)
-    ours, plain = Ours(model, pairs), Plain(copy.deepcopy(model), pairs)
-    same = [side.loss(pairs).item() for side in (ours, plain)]
-    if abs(same[0] - same[1]) > 1e-4:
-        raise AssertionError(f"losses on the same pairs differ: {same}")
-    theirs, mine = compare([plain.iteration, ours.iteration], 1 if quick else 2, warm_up=False)
-    setting = f"{shape}, float32, {torch.get_num_threads()} threads"
-    return [speed("whole DPO iteration", setting, "written plainly", theirs, mine)]
+    results = []
+    for dtype in (torch.float32, torch.bfloat16) if has_fast_bfloat16() else (torch.float32,):
+        ours, plain = Ours(copy.deepcopy(model), pairs, dtype), Plain(copy.deepcopy(model), pairs, dtype)
+        _check_losses(ours, plain)
+        with _engine(model, dtype) as engine:
+            iterations = [plain.iteration, ours.iteration, *([partial(ours.iteration, engine)] if engine else [])]
+            theirs, *mine = compare(iterations, 1 if quick else 2, warm_up=False)
+        for name, measured in zip(("HF sampler", "vLLM sampler"), mine, strict=False):
+            setting = f"{shape}, {name}, {_name(dtype)}, {torch.get_num_threads()} threads"
+            results.append(speed("whole DPO iteration", setting, "written plainly", theirs, measured))
+    return results
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def _engine(model: LlamaForCausalLM, dtype: torch.dtype) -> Iterator[VLLMSampler | None]:
+    """None where vLLM is not installed."""
+    try:
+        import_vllm()
+    except UserError:
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        save(model, directory)
+        engine = VLLMSampler(directory, SETTINGS, max_model_len=512, dtype=_name(dtype))
+    yield engine
+    engine.close()
+
+
+def _check_losses(ours: "Ours", plain: "Plain") -> None:
+    """Both sides compute the same, before they are timed."""
+    with torch.no_grad():
+        mine, theirs = ours.loss(ours.pairs).item(), plain.loss(plain.pairs).item()
+    if abs(mine - theirs) > (1e-4 if ours.dtype == torch.float32 else 0.02):
+        raise AssertionError(f"losses on the same pairs differ: {mine}, {theirs}")
 
 
 def contexts(pairs: list[PairIds]) -> list[list[int]]:
@@ -50,36 +89,42 @@ def spliced(pair: PairIds, replacement: list[int]) -> PairIds:
 class Ours:
     """The parts that SAPOTrainer puts together."""
 
-    def __init__(self, model: LlamaForCausalLM, pairs: list[PairIds]) -> None:
-        self.model, self.pairs = model, pairs
-        self.ema, self.reference = EMA(model, 0.5), frozen_copy(model)
+    def __init__(self, model: LlamaForCausalLM, pairs: list[PairIds], dtype: torch.dtype) -> None:
+        self.model, self.pairs, self.dtype = model, pairs, dtype
+        self.ema = EMA(model, 0.5, served_dtype=None if dtype == torch.float32 else dtype)
+        self.reference = frozen_copy(model)
         self.optimizer = torch.optim.RMSprop(model.parameters(), lr=5e-7)
         served: Any = self.ema.served
-        self.sampler = HFSampler(served, SamplingSettings(0.7, 50, 0.95, frozenset({2})), pad_id=0)
+        self.sampler = HFSampler(served, SETTINGS, pad_id=0)
 
     def loss(self, pairs: list[PairIds]) -> Tensor:
         batch = collate(pairs, pad_id=0, share=True, from_divergence=True)
-        with torch.no_grad():
-            reference = response_logps(self.reference, batch).sum(dim=1).chunk(2)
-        chosen, rejected = response_logps(self.model, batch).sum(dim=1).chunk(2)
-        return dpo_loss(chosen, rejected, *reference, 0.1).losses.mean()
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+            with torch.no_grad():
+                reference = response_logps(self.reference, batch).sum(dim=1).chunk(2)
+            chosen, rejected = response_logps(self.model, batch).sum(dim=1).chunk(2)
+            return dpo_loss(chosen, rejected, *reference, 0.1).losses.mean()
 
-    def iteration(self) -> None:
-        limits = [SEGMENT] * len(self.pairs)
-        replacements = self.sampler.generate(contexts(self.pairs), limits, list(range(len(self.pairs))))
+    def iteration(self, engine: VLLMSampler | None = None) -> None:
+        """With an engine for sampling, the weights are pushed to it as well."""
+        limits, sampler = [SEGMENT] * len(self.pairs), engine or self.sampler
+        replacements = sampler.generate(contexts(self.pairs), limits, list(range(len(self.pairs))))
         pairs = [spliced(pair, replacement) for pair, replacement in zip(self.pairs, replacements, strict=True)]
         self.loss(pairs).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update(self.model)
+        if engine:
+            engine.load(self.ema.served.named_parameters(), self.ema.version)
 
 
 class Plain:
     """Nothing shared, nothing left out."""
 
-    def __init__(self, model: LlamaForCausalLM, pairs: list[PairIds]) -> None:
-        self.model, self.pairs = model, pairs
-        self.ema, self.reference = copy.deepcopy(model), copy.deepcopy(model)
+    def __init__(self, model: LlamaForCausalLM, pairs: list[PairIds], dtype: torch.dtype) -> None:
+        self.model, self.pairs, self.dtype = model, pairs, dtype
+        # As the authors keep them: in the precision of the run, so that generate casts no weights.
+        self.ema, self.reference = copy.deepcopy(model).to(dtype), copy.deepcopy(model).to(dtype)
         self.optimizer = torch.optim.RMSprop(model.parameters(), lr=5e-7)
 
     def loss(self, pairs: list[PairIds]) -> Tensor:
@@ -90,10 +135,11 @@ class Plain:
             ids[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
             labels[i, len(prompt) : len(prompt) + len(response)] = torch.tensor(response)
         attention = torch.arange(longest) < torch.tensor([len(p) + len(r) for p, r in rows]).unsqueeze(1)
-        with torch.no_grad():
-            reference = self.sums(self.reference, ids, attention.long(), labels).chunk(2)
-        chosen, rejected = self.sums(self.model, ids, attention.long(), labels).chunk(2)
-        return dpo_loss(chosen, rejected, *reference, 0.1).losses.mean()
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+            with torch.no_grad():
+                reference = self.sums(self.reference, ids, attention.long(), labels).chunk(2)
+            chosen, rejected = self.sums(self.model, ids, attention.long(), labels).chunk(2)
+            return dpo_loss(chosen, rejected, *reference, 0.1).losses.mean()
 
     @staticmethod
     def sums(model: LlamaForCausalLM, ids: Tensor, attention: Tensor, labels: Tensor) -> Tensor:
@@ -112,9 +158,10 @@ class Plain:
             tokens = generate(input_ids=ids, attention_mask=attention, eos_token_id=2, pad_token_id=0, **options)
         replacements = [np.trim_zeros(row, "b").tolist() for row in tokens[:, longest:].numpy()]
         pairs = [spliced(pair, replacement) for pair, replacement in zip(self.pairs, replacements, strict=True)]
-        self.loss(pairs).backward()
+        for low in range(0, len(pairs), 4):  # by four: all logits of eight pairs and their gradients need over 20 GiB
+            (self.loss(pairs[low : low + 4]) * 4 / len(pairs)).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         with torch.no_grad():
             for mine, theirs in zip(self.ema.parameters(), self.model.parameters(), strict=True):
-                mine.data = 0.5 * mine.data + 0.5 * theirs.data
+                mine.data = 0.5 * mine.data + 0.5 * theirs.data.to(mine.dtype)

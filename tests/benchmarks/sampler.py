@@ -17,16 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback
+from transformers import LlamaForCausalLM, PrinterCallback
 
 from components.common.errors import UserError
 from components.common.samplers import SamplingSettings, make_canary
 from components.common.samplers.hf import HFSampler
 from components.sapo.ema import copy_weights, frozen_copy
 from tests.benchmarks.harness import Measured, Result, compare, speed
-from tests.benchmarks.shapes import smollm2_shape
+from tests.benchmarks.shapes import save, smollm2_shape
 
 SETTINGS = SamplingSettings(temperature=0.7, top_k=50, top_p=0.95, stop_ids=frozenset({1}))
 NEW_TOKENS = 64
@@ -58,16 +56,6 @@ def main(quick: bool) -> list[Result]:
         save(smollm2_shape(layers=3 if quick else 8), directory)
         results += overlap(directory, quick)
     return results
-
-
-def save(model: LlamaForCausalLM, directory: str) -> None:
-    """The model with a tokenizer of numbers: text plays no part here."""
-    model.save_pretrained(directory)
-    words = {"<pad>": 0, "<eos>": 1} | {str(i): i for i in range(2, 1000)}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
-    wrapped.chat_template = "{{ messages }}"  # never used: rows are ids already
-    wrapped.save_pretrained(directory)
 
 
 def generation(model: LlamaForCausalLM, vllm: Any, quick: bool) -> list[Result]:

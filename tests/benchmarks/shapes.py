@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from components.sapo.pair_forward import PairIds
 
@@ -33,6 +35,16 @@ def smollm2_shape(layers: int = 30, vocabulary: int = 49152) -> LlamaForCausalLM
     sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": layers, "vocab_size": vocabulary}
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=True))
+
+
+def save(model: LlamaForCausalLM, directory: str) -> None:
+    """The model with a tokenizer of numbers: text plays no part here."""
+    model.save_pretrained(directory)
+    words = {"<pad>": 0, "<eos>": 1} | {str(i): i for i in range(2, 1000)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    wrapped.chat_template = "{{ messages }}"  # never used: rows are ids already
+    wrapped.save_pretrained(directory)
 
 
 def make_pairs(shape: Shape, seed: int = 0) -> list[PairIds]:
