@@ -381,19 +381,30 @@ def shared_prefix_attention(model: nn.Module) -> Iterator[None]:
     config: Any = model.config
     before = config._attn_implementation
     config._attn_implementation = SHARED_PREFIX
-    hooks = [norm.register_forward_hook(_cast_for_autocast) for norm in _norms_before_projections(model)]
+    try:
+        with _lean_layers(model):
+            yield
+    finally:
+        config._attn_implementation = before
+
+
+@contextmanager
+def _lean_layers(model: nn.Module) -> Iterator[None]:
+    """Lets the layers keep less for backward, with the same results: see `_cast_for_autocast` and `_GatedDown`."""
+    layers: Any = model.base_model.layers  # type: ignore[union-attr]
+    # Norms whose output several linear layers read: query, key and value; gate and up.
+    norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+    hooks = [norm.register_forward_hook(_cast_for_autocast) for norm in norms]
+    lean = [layer.mlp for layer in layers if _is_plain_gated_mlp(layer.mlp) and "forward" not in vars(layer.mlp)]
+    for mlp in lean:
+        mlp.forward = functools.partial(_gated_mlp, mlp)
     try:
         yield
     finally:
-        config._attn_implementation = before
         for hook in hooks:
             hook.remove()
-
-
-def _norms_before_projections(model: nn.Module) -> list[nn.Module]:
-    """The norms whose output several linear layers read (query, key and value; gate and up)."""
-    layers: Any = model.base_model.layers  # type: ignore[union-attr]
-    return [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        for mlp in lean:
+            del mlp.forward  # the class's own again
 
 
 def _cast_for_autocast(norm: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -403,6 +414,39 @@ def _cast_for_autocast(norm: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     """
     kind = output.device.type
     return output.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else output
+
+
+def _is_plain_gated_mlp(mlp: Any) -> bool:
+    """Whether it is down(silu(gate(x)) * up(x)) with a linear layer `down` that nothing has wrapped, sharded or quantised."""
+    down = getattr(mlp, "down_proj", None)
+    plain = type(down) is nn.Linear and down.bias is None and type(down.weight) is nn.Parameter
+    whole = plain and down.weight.numel() == down.in_features * down.out_features
+    return whole and mlp.config.hidden_act == "silu"
+
+
+def _gated_mlp(mlp: Any, x: Tensor) -> Tensor:
+    return _GatedDown.apply(mlp.gate_proj(x), mlp.up_proj(x), mlp.down_proj.weight)
+
+
+class _GatedDown(torch.autograd.Function):
+    """(silu(gate) * up) @ weight.T. Backward multiplies `gate` and `up` again: autograd would keep twice as much."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+        """(..., inner), (..., inner), (size, inner) -> (..., size) in the type of `gate`."""
+        ctx.save_for_backward(gate, up, weight)
+        return F.linear(F.silu(gate) * up, weight.to(gate.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        gate, up, weight = ctx.saved_tensors
+        d_product, active = gradients[0] @ weight.to(gate.dtype), F.silu(gate)
+        d_gate = torch.ops.aten.silu_backward(d_product * up, gate)
+        d_weight = None
+        if ctx.needs_input_grad[2]:
+            product = (active * up).flatten(0, -2)
+            d_weight = (gradients[0].flatten(0, -2).t() @ product).to(weight.dtype)
+        return d_gate, d_product.mul_(active), d_weight
 
 
 def _attend_pairs(

@@ -6,14 +6,10 @@ python -m tests.benchmarks --case ema        # one case
 """
 
 import argparse
-import logging
 import time
-import warnings
 from pathlib import Path
 
-from datasets import disable_progress_bars
-
-from tests.benchmarks.harness import table, write
+from tests.benchmarks.harness import quiet, table, write
 from tests.benchmarks.iteration import whole_iteration
 from tests.benchmarks.learner import growth, learner_step
 from tests.benchmarks.sampler import sampler
@@ -22,22 +18,27 @@ from tests.benchmarks.upkeep import ema, replay_buffer
 CASES = {case.__name__: case for case in (learner_step, whole_iteration, ema, replay_buffer, sampler, growth)}
 RESULTS = Path(__file__).parent / "results.json"
 
-warnings.filterwarnings("ignore")  # of peers, about how they are called
-logging.disable(logging.WARNING)
-disable_progress_bars()
 
-parser = argparse.ArgumentParser(
-    prog="python -m tests.benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-)
-parser.add_argument("--quick", action="store_true", help="smaller sizes and fewer repeats; results.json is left alone")
-parser.add_argument("--case", choices=CASES, help="only this one; the others' rows of results.json stay")
-arguments = parser.parse_args()
+def main() -> None:
+    quiet()
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="smaller sizes and fewer repeats; results.json is left alone"
+    )
+    parser.add_argument("--case", choices=CASES, help="only this one; the others' rows of results.json stay")
+    arguments = parser.parse_args()
 
-for case in [CASES[arguments.case]] if arguments.case else list(CASES.values()):
-    start = time.perf_counter()
-    results = case(arguments.quick)
-    print(f"\n{table(results)}\n[{case.__name__}: {time.perf_counter() - start:.0f} s]", flush=True)
+    for case in [CASES[arguments.case]] if arguments.case else list(CASES.values()):
+        start = time.perf_counter()
+        results = case(arguments.quick)
+        print(f"\n{table(results)}\n[{case.__name__}: {time.perf_counter() - start:.0f} s]", flush=True)
+        if not arguments.quick:
+            write(results, RESULTS)
     if not arguments.quick:
-        write(results, RESULTS)
-if not arguments.quick:
-    print(f"\nwrote {RESULTS}")
+        print(f"\nwrote {RESULTS}")
+
+
+if __name__ == "__main__":  # the sides of a comparison import this file in their processes
+    main()

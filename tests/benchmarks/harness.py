@@ -3,11 +3,21 @@
 import ctypes
 import gc
 import json
+import logging
+import multiprocessing
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
+
+from datasets import disable_progress_bars
+from transformers.utils import logging as transformers_logging
+
+from components.common.training import keep_freed_memory
 
 
 @dataclass
@@ -33,24 +43,83 @@ class Measured:
     extra_gib: float
 
 
-def compare(functions: list[Callable[[], object]], repeats: int, warm_up: bool = True) -> list[Measured]:
-    """Measures each function; runs take turns, so that a busy moment hits all alike. A first round warms up, unless runs
-    are so long that it makes no difference."""
-    samples: list[list[Measured]] = [[] for _ in functions]
-    for repeat in range(0 if warm_up else 1, repeats + 1):
+@dataclass(frozen=True)
+class Side:
+    """What one side runs, built in a process of its own.
+
+    Attributes:
+        build: returns the function to measure, given `arguments`.
+        ours: whether it runs as our stages do, keeping freed memory; peers run as their users run them.
+    """
+
+    build: Callable[..., Callable[[], object]]
+    arguments: tuple[Any, ...]
+    ours: bool
+
+
+def compare(functions: list[Callable[[], object]], repeats: int) -> list[Measured]:
+    """Measures each function in this process; runs take turns, so that a busy moment hits all alike. A first round warms up."""
+    samples: list[list[float]] = [[] for _ in functions]
+    for repeat in range(repeats + 1):
         for function, taken in zip(functions, samples, strict=True):
-            measured = _once(function)
+            start = time.perf_counter()
+            function()
             if repeat:
-                taken.append(measured)
-    return [
-        Measured(statistics.median(m.seconds for m in taken), statistics.median(m.extra_gib for m in taken))
-        for taken in samples
-    ]
+                taken.append(time.perf_counter() - start)
+    return [Measured(statistics.median(taken), 0.0) for taken in samples]
+
+
+def compare_apart(sides: list[Side], repeats: int) -> list[Measured]:
+    """The same with a process for each side, so that neither lives on memory that the other has warmed.
+
+    The first round, from a heap without free memory, tells the memory; the rounds after it the seconds.
+    """
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = [], []
+    for side in sides:
+        mine, theirs = context.Pipe()
+        processes.append(context.Process(target=_serve, args=(side, theirs), daemon=True))
+        processes[-1].start()
+        theirs.close()  # so that a process that dies is an EOFError here
+        pipes.append(mine)
+        mine.recv()  # one is built after the other
+    try:
+        rounds = [[_ask(pipe) for pipe in pipes] for _ in range(repeats + 1)]
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+    columns = zip(*rounds, strict=True)
+    return [Measured(statistics.median(m.seconds for m in taken[1:]), taken[0].extra_gib) for taken in columns]
+
+
+def _ask(pipe: Connection) -> Measured:
+    pipe.send(True)
+    return pipe.recv()
+
+
+def quiet() -> None:
+    """No warnings of peers about how they are called, and no bars but our own."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+
+
+def _serve(side: Side, pipe: Connection) -> None:
+    quiet()
+    if side.ours:
+        keep_freed_memory()
+    function = side.build(*side.arguments)
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    pipe.send(True)
+    while pipe.recv():
+        pipe.send(_once(function))
 
 
 def _once(function: Callable[[], object]) -> Measured:
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what an earlier run freed must not count as held before this one
     Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's peak (VmHWM)
     before = _status("VmRSS")
     start = time.perf_counter()

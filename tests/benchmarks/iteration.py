@@ -6,9 +6,7 @@ logits, an EMA parameter by parameter.
 
 import copy
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,60 +18,71 @@ from components.common.errors import UserError
 from components.common.samplers import SamplingSettings
 from components.common.samplers.hf import HFSampler
 from components.common.samplers.vllm import VLLMSampler, import_vllm
-from components.common.training import has_fast_bfloat16
 from components.sapo.ema import EMA, frozen_copy
 from components.sapo.losses import dpo_loss
 from components.sapo.pair_forward import PairIds, collate, response_logps
-from tests.benchmarks.harness import Result, compare, speed
-from tests.benchmarks.shapes import Shape, make_pairs, save, smollm2_shape
+from tests.benchmarks.harness import Result, Side, compare_apart, speed
+from tests.benchmarks.shapes import Shape, make_pairs, precisions, save, smollm2_shape
 
 SEGMENT = 64
 SETTINGS = SamplingSettings(0.7, 50, 0.95, frozenset({2}))
 
 
+SHAPE = Shape(pairs=8, prompt=(150, 300), response=(120, 200), segment=(SEGMENT, SEGMENT))
+
+
 def whole_iteration(quick: bool) -> list[Result]:
     """DPO on eight pairs of a 512-token window with 64-token segments, no pair scored before by the reference."""
-    shape = Shape(pairs=8, prompt=(150, 300), response=(120, 200), segment=(SEGMENT, SEGMENT))
-    pairs = make_pairs(shape)
-    model = smollm2_shape(layers=3 if quick else 30)
     results = []
-    for dtype in (torch.float32, torch.bfloat16) if has_fast_bfloat16() else (torch.float32,):
-        ours, plain = Ours(copy.deepcopy(model), pairs, dtype), Plain(copy.deepcopy(model), pairs, dtype)
-        _check_losses(ours, plain)
-        with _engine(model, dtype) as engine:
-            iterations = [plain.iteration, ours.iteration, *([partial(ours.iteration, engine)] if engine else [])]
-            theirs, *mine = compare(iterations, 1 if quick else 2, warm_up=False)
-        for name, measured in zip(("HF sampler", "vLLM sampler"), mine, strict=False):
-            setting = f"{shape}, {name}, {_name(dtype)}, {torch.get_num_threads()} threads"
+    for dtype in precisions(quick):
+        # The engine is timed in the machine's fastest precision only: every side costs minutes.
+        with_vllm = dtype == precisions(quick)[-1] and vllm_is_installed()
+        samplers = ["HF sampler", "vLLM sampler"] if with_vllm else ["HF sampler"]
+        check_losses(dtype)
+        arguments = (dtype, 2 if quick else 30)
+        sides = [Side(plain_iteration, arguments, ours=False)]
+        sides += [Side(our_iteration, (*arguments, sampler == "vLLM sampler"), ours=True) for sampler in samplers]
+        theirs, *mine = compare_apart(sides, 2 if with_vllm and not quick else 1)
+        for sampler, measured in zip(samplers, mine, strict=True):
+            setting = f"{SHAPE}, {sampler}, {_name(dtype)}, {torch.get_num_threads()} threads"
             results.append(speed("whole DPO iteration", setting, "written plainly", theirs, measured))
     return results
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-@contextmanager
-def _engine(model: LlamaForCausalLM, dtype: torch.dtype) -> Iterator[VLLMSampler | None]:
-    """None where vLLM is not installed."""
+def vllm_is_installed() -> bool:
     try:
         import_vllm()
     except UserError:
-        yield None
-        return
+        return False
+    return True
+
+
+def check_losses(dtype: torch.dtype) -> None:
+    """Both sides compute the same, before they are timed."""
+    model, pairs = smollm2_shape(layers=2), make_pairs(SHAPE)[:2]
+    ours, plain = Ours(model, pairs, dtype), Plain(copy.deepcopy(model), pairs, dtype)
+    with torch.no_grad():
+        mine, theirs = ours.loss(pairs).item(), plain.loss(pairs).item()
+    if abs(mine - theirs) > (1e-4 if dtype == torch.float32 else 0.02):
+        raise AssertionError(f"losses on the same pairs differ: {mine}, {theirs}")
+
+
+def plain_iteration(dtype: torch.dtype, layers: int) -> Callable[[], None]:
+    return Plain(smollm2_shape(layers), make_pairs(SHAPE), dtype).iteration
+
+
+def our_iteration(dtype: torch.dtype, layers: int, with_vllm: bool) -> Callable[[], None]:
+    model = smollm2_shape(layers)
+    if not with_vllm:
+        return Ours(model, make_pairs(SHAPE), dtype).iteration
     with tempfile.TemporaryDirectory() as directory:
         save(model, directory)
         engine = VLLMSampler(directory, SETTINGS, max_model_len=512, dtype=_name(dtype))
-    yield engine
-    engine.close()
+    return Ours(model, make_pairs(SHAPE), dtype, engine).iteration
 
 
-def _check_losses(ours: "Ours", plain: "Plain") -> None:
-    """Both sides compute the same, before they are timed."""
-    with torch.no_grad():
-        mine, theirs = ours.loss(ours.pairs).item(), plain.loss(plain.pairs).item()
-    if abs(mine - theirs) > (1e-4 if ours.dtype == torch.float32 else 0.02):
-        raise AssertionError(f"losses on the same pairs differ: {mine}, {theirs}")
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def contexts(pairs: list[PairIds]) -> list[list[int]]:
@@ -89,8 +98,10 @@ def spliced(pair: PairIds, replacement: list[int]) -> PairIds:
 class Ours:
     """The parts that SAPOTrainer puts together."""
 
-    def __init__(self, model: LlamaForCausalLM, pairs: list[PairIds], dtype: torch.dtype) -> None:
-        self.model, self.pairs, self.dtype = model, pairs, dtype
+    def __init__(
+        self, model: LlamaForCausalLM, pairs: list[PairIds], dtype: torch.dtype, engine: VLLMSampler | None = None
+    ) -> None:
+        self.model, self.pairs, self.dtype, self.engine = model, pairs, dtype, engine
         self.ema = EMA(model, 0.5, served_dtype=None if dtype == torch.float32 else dtype)
         self.reference = frozen_copy(model)
         self.optimizer = torch.optim.RMSprop(model.parameters(), lr=5e-7)
@@ -105,17 +116,16 @@ class Ours:
             chosen, rejected = response_logps(self.model, batch).sum(dim=1).chunk(2)
             return dpo_loss(chosen, rejected, *reference, 0.1).losses.mean()
 
-    def iteration(self, engine: VLLMSampler | None = None) -> None:
-        """With an engine for sampling, the weights are pushed to it as well."""
-        limits, sampler = [SEGMENT] * len(self.pairs), engine or self.sampler
+    def iteration(self) -> None:
+        limits, sampler = [SEGMENT] * len(self.pairs), self.engine or self.sampler
         replacements = sampler.generate(contexts(self.pairs), limits, list(range(len(self.pairs))))
         pairs = [spliced(pair, replacement) for pair, replacement in zip(self.pairs, replacements, strict=True)]
         self.loss(pairs).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update(self.model)
-        if engine:
-            engine.load(self.ema.served.named_parameters(), self.ema.version)
+        if self.engine:
+            self.engine.load(self.ema.served.named_parameters(), self.ema.version)
 
 
 class Plain:

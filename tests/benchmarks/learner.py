@@ -12,11 +12,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from components.common.training import has_fast_bfloat16
 from components.sapo.losses import dpo_loss, orpo_loss
 from components.sapo.pair_forward import PairIds, collate, response_logps
-from tests.benchmarks.harness import Result, compare, memory, speed
-from tests.benchmarks.shapes import Shape, learner_flops, make_pairs, matrix_speed, smollm2_shape
+from tests.benchmarks.harness import Result, Side, compare_apart, memory, speed
+from tests.benchmarks.shapes import Shape, learner_flops, make_pairs, matrix_speed, precisions, smollm2_shape
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 OPTIONS = {"report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True}
@@ -27,18 +26,18 @@ Step = Callable[[], None]
 
 def learner_step(quick: bool) -> list[Result]:
     """DPO and ORPO at the lengths of SAPO's pairs: time and extra peak memory."""
-    model, shape = smollm2_shape(layers=3 if quick else 30), Shape()
-    pairs = make_pairs(shape)
+    layers, shape = 2 if quick else 30, Shape()
+    model, pairs = smollm2_shape(layers), make_pairs(shape)
     results = []
-    for dtype in (torch.float32, torch.bfloat16) if has_fast_bfloat16() else (torch.float32,):
+    for dtype in precisions(quick):
         for name, peer, ours, theirs in (
             ("DPO", "TRL DPOTrainer", our_dpo, trl_dpo),
             ("ORPO", "TRL ORPOTrainer", our_orpo, trl_orpo),
         ):
             limit = learner_flops(model, pairs, name == "DPO") / matrix_speed(dtype)
             setting = f"{shape}, {str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"
-            functions = [theirs(model, pairs, dtype), ours(model, pairs, dtype)]
-            peer_values, our_values = compare(functions, 2 if quick else 3)
+            sides = [Side(prepared, (make, shape, dtype, layers), make is ours) for make in (theirs, ours)]
+            peer_values, our_values = compare_apart(sides, 1 if quick else 2)
             results += [
                 speed(f"{name} learner step", setting, peer, peer_values, our_values, limit),
                 memory(f"{name} extra peak memory", setting, peer, peer_values, our_values),
@@ -53,16 +52,21 @@ def growth(quick: bool) -> list[Result]:
     sizes += [(Shape(prompt=(300, 300), response=(r, r), segment=(r // 2, r // 2)), 49152) for r in (64, 512)]
     sizes += [(Shape(pairs=n, prompt=(300, 300), response=(200, 200), segment=(96, 96)), 49152) for n in (1, 6)]
     sizes += [(Shape(prompt=(300, 300), response=(200, 200), segment=(96, 96)), v) for v in (8192, 131072)]
-    for shape, vocabulary in sizes[:3] if quick else sizes:
-        model, pairs = smollm2_shape(layers=2 if quick else 6, vocabulary=vocabulary), make_pairs(shape)
-        functions = [trl_dpo(model, pairs, torch.float32), our_dpo(model, pairs, torch.float32)]
-        theirs, ours = compare(functions, 1 if quick else 3)
+    for shape, vocabulary in sizes[:2] if quick else sizes:
+        arguments = (shape, torch.float32, 2 if quick else 6, vocabulary)
+        sides = [Side(prepared, (make, *arguments), make is our_dpo) for make in (trl_dpo, our_dpo)]
+        theirs, ours = compare_apart(sides, 1 if quick else 3)
         setting = f"{shape}, vocabulary {vocabulary:,}"
         results += [
             speed("growth: DPO step", setting, "TRL DPOTrainer", theirs, ours),
             memory("growth: memory", setting, "TRL DPOTrainer", theirs, ours),
         ]
     return results
+
+
+def prepared(make: Callable[..., Step], shape: Shape, dtype: torch.dtype, layers: int, vocabulary: int = 49152) -> Step:
+    """One side's step on the model and the pairs that both sides have."""
+    return make(smollm2_shape(layers, vocabulary), make_pairs(shape), dtype)
 
 
 def step(model: LlamaForCausalLM, loss: Loss, dtype: torch.dtype) -> Step:

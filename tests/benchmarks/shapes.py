@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from components.common.training import has_fast_bfloat16
 from components.sapo.pair_forward import PairIds
 
 
@@ -27,6 +28,12 @@ class Shape:
 
         lengths = f"prompt {tokens(self.prompt)}, response {tokens(self.response)}, segment {tokens(self.segment)}"
         return f"{self.pairs} pairs, {lengths}"
+
+
+def precisions(quick: bool) -> list[torch.dtype]:
+    """What is worth timing on this machine; in a quick run only the fastest."""
+    dtypes = [torch.float32, torch.bfloat16] if has_fast_bfloat16() else [torch.float32]
+    return dtypes[-1:] if quick else dtypes
 
 
 def smollm2_shape(layers: int = 30, vocabulary: int = 49152) -> LlamaForCausalLM:

@@ -132,6 +132,23 @@ def test_attention_is_put_back():
     assert model.config._attn_implementation == before
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_layers_are_lean_while_pairs_are_packed(family):
+    """Fewer bytes are kept for backward than by the layers as they come, which are put back."""
+    model = tiny(family, intermediate_size=128)
+    batch = collate(PAIRS, pad_id=0, share=True)
+    kept = {}
+    for name, is_plain in (("lean", pair_forward._is_plain_gated_mlp), ("plain", lambda mlp: False)):
+        saved = {}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pair_forward, "_is_plain_gated_mlp", is_plain)
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
+                response_logps(model, batch)
+        kept[name] = sum(tensor.nbytes for tensor in saved.values())
+    assert kept["lean"] < 0.8 * kept["plain"]
+    assert all("forward" not in vars(layer.mlp) for layer in model.model.layers)
+
+
 def test_other_architectures_are_padded_and_say_so(caplog):
     caplog.set_level("INFO")
     assert not pair_forward.supports_shared_prefix(tiny("gpt_neox"))
