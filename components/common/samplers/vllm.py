@@ -2,6 +2,7 @@
 
 import os
 import random
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from components.common.samplers.worker import Worker
 TOLERANCES = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.3}
 
 PREFILL_TOKENS = 4096  # prompt tokens that the CPU engine computes together
+
+_CLIENTS: weakref.WeakSet[Any] = weakref.WeakSet()  # vLLM's handles of the newest engine
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process, where weights can be handed over
@@ -139,6 +142,7 @@ class VLLMSampler:
         with _kept_random_states():
             self._llm = import_vllm().LLM(**options)
             self._sleep()
+        _last_engine_cleans_up(self._llm.llm_engine.engine_core)
 
     def _generate(self, requests: list[tuple[list[int], int, int]]) -> list[list[int]]:
         vllm, settings = import_vllm(), self.settings
@@ -196,6 +200,15 @@ class VLLMSampler:
     def _shutdown(self) -> None:
         llm, self._llm = self._llm, None
         llm.llm_engine.engine_core.shutdown()
+
+
+def _last_engine_cleans_up(client: Any) -> None:
+    """An engine that was never closed cleans up when the process ends. The parallel state that it takes down is that of all
+    engines of the process, and taking it down twice fails: only the newest engine keeps this duty."""
+    for earlier in _CLIENTS:
+        earlier._finalizer.detach()
+    _CLIENTS.clear()
+    _CLIENTS.add(client)
 
 
 def import_vllm() -> Any:
