@@ -1,4 +1,6 @@
-"""The one exception that means "the user can mend this"; the CLI prints it as a single line and exits with 2."""
+"""The exception that means "the user can mend this", and how stages end: 0, 2 after a UserError, 143 after SIGTERM."""
+
+TERMINATED = 143  # 128 + SIGTERM: a retry policy sees a failure, and its retry resumes
 
 
 class UserError(Exception):

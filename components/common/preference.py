@@ -22,7 +22,7 @@ from components.common.chat_templates import encode_rows
 from components.common.cli import setting
 from components.common.conversations import Row
 from components.common.errors import UserError
-from components.common.training import has_fast_bfloat16
+from components.common.training import settle_device
 
 Loss = Literal["dpo", "orpo"]
 
@@ -90,8 +90,7 @@ class PreferenceSettings:
         self._require("max_length", window is not None and window >= 2, "must be 2 or more (a prompt and a response)")
         limit = args.save_total_limit
         self._require("save_total_limit", limit is None or limit >= 1, "must be 1 or more, or none to keep all")
-        if args.bf16 is None:
-            args.bf16 = not args.fp16 and has_fast_bfloat16()
+        settle_device(args)
         args.dataloader_pin_memory = args.dataloader_pin_memory and torch.cuda.is_available()
         super().__post_init__()  # type: ignore[misc]  # TRL's
 

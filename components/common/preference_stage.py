@@ -7,13 +7,11 @@ process, or in several under `accelerate launch`: then the first one writes.
 import dataclasses
 import logging
 import math
-import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from components.common.cli import ConfigParser, check_output, setting
+from components.common.cli import ConfigParser
 from components.common.conversations import read_rows
 from components.common.errors import UserError
 from components.common.kfp_outputs import publish
@@ -21,31 +19,22 @@ from components.common.models import load_model, load_tokenizer
 from components.common.preference import EncodedPair, Loss, encode_pairs, preference_trainer
 from components.common.processes import is_first, leave, prepare_output_once, save_model_once, show_progress_once
 from components.common.resume import (
-    TERMINATED,
+    ResumableStageConfig,
     RunRecord,
-    StopOnSigterm,
     check_identity,
-    complete_checkpoints,
-    require_complete,
+    checkpoint_to_resume,
+    remove_checkpoints,
     run_identity,
+    train_to_end,
 )
 from components.common.training import (
     HIDDEN,
-    TrainingStageConfig,
     final_evaluation,
     stage_arguments,
     write_training_log,
 )
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(kw_only=True)
-class PreferenceStageConfig(TrainingStageConfig):
-    """Where the stage reads and writes, and how it resumes. OUTPUT with checkpoints in it is resumed by itself."""
-
-    resume_from: str | None = setting(None, "Checkpoint to go on from; default: the newest in OUTPUT/checkpoints.")
-    keep_checkpoints: bool = setting(False, "Leave OUTPUT/checkpoints in place when the run is complete.")
 
 
 def run(loss: Loss, settings: type, description: str, argv: Sequence[str], started: float) -> None:
@@ -56,7 +45,7 @@ def run(loss: Loss, settings: type, description: str, argv: Sequence[str], start
         description: the text that opens `--help`.
         started: `time.perf_counter()` of the stage's start.
     """
-    parser = ConfigParser(loss, [PreferenceStageConfig, settings], hidden=HIDDEN)
+    parser = ConfigParser(loss, [ResumableStageConfig, settings], hidden=HIDDEN)
     if {"-h", "--help"} & set(argv):
         print(parser.help(description))
         return
@@ -64,7 +53,7 @@ def run(loss: Loss, settings: type, description: str, argv: Sequence[str], start
 
     if (strategy := getattr(args.eval_strategy, "value", args.eval_strategy)) != "no" and stage.eval_rows == 0:
         raise UserError(f"eval_strategy = {strategy} needs held-out rows; raise eval_rows, or set it to no")
-    checkpoint = _checkpoint_to_resume(stage)
+    checkpoint = checkpoint_to_resume(stage)
     tokenizer = load_tokenizer(stage.model)
     train, dropped = _pairs(tokenizer, stage, args, "train")
     evaluation = _pairs(tokenizer, stage, args, "test", stage.eval_rows)[0] if stage.eval_rows else None
@@ -81,24 +70,10 @@ def run(loss: Loss, settings: type, description: str, argv: Sequence[str], start
         prepare_output_once(stage.output, overwrite=True)
     trainer = _trainer(loss, stage, args, train, evaluation, tokenizer)
     record = RunRecord(started, identity, trainer)
-    summary = _train(trainer, record, checkpoint, final=evaluation is not None)
+    summary = train_to_end(trainer, record, checkpoint)
+    if evaluation is not None:
+        summary |= final_evaluation(trainer)
     _write(loss, stage, args, trainer, summary)
-
-
-def _checkpoint_to_resume(stage: Any) -> Path | None:
-    """The checkpoint to go on from, or None for a new run; refuses an output that holds something else."""
-    output = Path(stage.output)
-    if stage.resume_from:
-        return require_complete(Path(stage.resume_from))
-    if stage.overwrite or not output.is_dir():
-        check_output(stage.output, stage.overwrite)
-        return None
-    if found := complete_checkpoints(output / "checkpoints"):
-        return found[-1]
-    # A run that was killed before its first checkpoint leaves these two; anything else is not ours to touch.
-    if not {path.name for path in output.iterdir()} <= {"checkpoints", "training"}:
-        check_output(stage.output, overwrite=False)
-    return None
 
 
 def _pairs(
@@ -132,26 +107,13 @@ def _trainer(loss: Loss, stage: Any, args: Any, train: Any, evaluation: Any, tok
     return trainer
 
 
-def _train(trainer: Any, record: RunRecord, checkpoint: Path | None, final: bool) -> dict[str, float]:
-    stop = StopOnSigterm(trainer)
-    for callback in (record, stop):
-        trainer.add_callback(callback)
-    with stop.listening():
-        summary = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
-    if stop.stopped:
-        logger.info("stopped after step %d and saved; the same command goes on from there", trainer.state.global_step)
-        sys.exit(TERMINATED)
-    return summary | record.summary() | (final_evaluation(trainer) if final else {})
-
-
 def _write(loss: Loss, stage: Any, args: Any, trainer: Any, summary: dict[str, float]) -> None:
     output = Path(stage.output)
     save_model_once(trainer, output)
     if is_first():
         settings = dataclasses.asdict(stage) | args.to_dict()
         write_training_log(stage.log_directory(), loss, stage.name or loss, trainer, settings, summary)
-        if not stage.keep_checkpoints:
-            shutil.rmtree(output / "checkpoints", ignore_errors=True)
+        remove_checkpoints(stage)
         logger.info("trained %d steps in %.0f s, wrote %s", trainer.state.global_step, summary["seconds/train"], output)
         shown = ("train_loss", "train_runtime", "eval_loss", "eval_rewards/margins", "eval_rewards/accuracies")
         publish(stage.executor_input, {"metrics": {k: v for k, v in summary.items() if k in shown}})

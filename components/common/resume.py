@@ -5,11 +5,15 @@ The checkpoints are Trainer's own; it writes `trainer_state.json` last, so a dir
 interrupted save.
 """
 
+import dataclasses
 import hashlib
 import json
+import logging
+import shutil
 import signal
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,9 +22,13 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from components.common.errors import UserError
+from components.common.cli import check_output, setting
+from components.common.errors import TERMINATED, UserError
+from components.common.storage.session import when_complete
+from components.common.training import TrainingStageConfig
 
-TERMINATED = 143  # 128 + SIGTERM: a retry policy sees a failure, and its retry resumes
+logger = logging.getLogger(__name__)
+
 STATE = "trainer_state.json"
 # Settings that may differ after a resume, by prefix: they say where things go and how often, not what is computed.
 FREE = (
@@ -28,6 +36,14 @@ FREE = (
     *("save_", "eval_", "per_device_eval", "resume_", "hub_", "push_", "dataloader_"),
     *("use_cpu", "do_", "local_rank"),
 )
+
+
+@dataclasses.dataclass(kw_only=True)
+class ResumableStageConfig(TrainingStageConfig):
+    """Where a training stage reads and writes, and how it resumes. OUTPUT with checkpoints in it is resumed by itself."""
+
+    resume_from: str | None = setting(None, "Checkpoint to go on from; default: the newest in OUTPUT/checkpoints.")
+    keep_checkpoints: bool = setting(False, "Leave OUTPUT/checkpoints in place when the run is complete.")
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
@@ -43,6 +59,41 @@ def require_complete(directory: Path) -> Path:
             f"{directory}: is not a complete checkpoint (no {STATE}); an older one may be: --resume_from DIR"
         )
     return directory
+
+
+def checkpoint_to_resume(
+    stage: ResumableStageConfig,
+    complete: Callable[[Path], list[Path]] = complete_checkpoints,
+    required: Callable[[Path], Path] = require_complete,
+) -> Path | None:
+    """The checkpoint to go on from, or None for a new run.
+
+    Args:
+        complete: complete checkpoints in a directory, oldest first.
+        required: gives a checkpoint back that is complete, and raises UserError for another.
+
+    Raises:
+        UserError: the output holds something else than an interrupted run.
+    """
+    output = Path(stage.output)
+    if stage.resume_from:
+        return required(Path(stage.resume_from))
+    if stage.overwrite or not output.is_dir():
+        check_output(stage.output, stage.overwrite)
+        return None
+    if found := complete(output / "checkpoints"):
+        return found[-1]
+    # A run that was killed before its first checkpoint leaves these two; anything else is not ours to touch.
+    if not {path.name for path in output.iterdir()} <= {"checkpoints", "training"}:
+        check_output(stage.output, overwrite=False)
+    return None
+
+
+def remove_checkpoints(stage: ResumableStageConfig) -> None:
+    """Of a run that is complete, unless they are to be kept."""
+    if not stage.keep_checkpoints:
+        checkpoints = Path(stage.output) / "checkpoints"
+        when_complete(lambda: shutil.rmtree(checkpoints, ignore_errors=True), checkpoints)
 
 
 def _state(checkpoint: Path) -> dict[str, Any] | None:
@@ -88,7 +139,7 @@ class RunRecord(TrainerCallback, ExportableState):
     Args:
         started: `time.perf_counter()` of the stage's start.
         identity: from `run_identity`.
-        trainer: counts the tokens of this process in `tokens_trained`, where it has one.
+        trainer: counts the tokens in `tokens_trained` (of this process) or in TRL's `_total_train_tokens` (of all).
     """
 
     def __init__(self, started: float, identity: dict[str, Any], trainer: Trainer) -> None:
@@ -108,9 +159,14 @@ class RunRecord(TrainerCallback, ExportableState):
         self.begun = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.tokens = int(_over_processes(self.trainer, getattr(self.trainer, "tokens_trained", 0)))
+        self.tokens = self._tokens()
         if self.first_step is None:
             self.first_step = time.perf_counter() - self.started
+
+    def _tokens(self) -> int:
+        if (total := getattr(self.trainer, "_total_train_tokens", None)) is not None:
+            return int(total)
+        return _over_processes(self.trainer, getattr(self.trainer, "tokens_trained", 0))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -157,6 +213,19 @@ class StopOnSigterm(TrainerCallback):
             yield
         finally:
             signal.signal(signal.SIGTERM, before)
+
+
+def train_to_end(trainer: Trainer, record: RunRecord, checkpoint: Path | None) -> dict[str, float]:
+    """Trains from the start or a checkpoint; returns the metrics with the record's. SIGTERM saves and exits with 143."""
+    stop = StopOnSigterm(trainer)
+    for callback in (record, stop):
+        trainer.add_callback(callback)
+    with stop.listening():
+        summary = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+    if stop.stopped:
+        logger.info("stopped after step %d and saved; the same command goes on from there", trainer.state.global_step)
+        sys.exit(TERMINATED)
+    return summary | record.summary()
 
 
 def _over_processes(trainer: Trainer, value: int) -> int:

@@ -117,6 +117,14 @@ def stage_arguments(log_directory: Path) -> dict[str, Any]:
     return {"output_dir": str(log_directory), "disable_tqdm": True}
 
 
+def settle_device(args: Any) -> None:
+    """Settles what depends on the machine, before transformers checks the arguments: `bf16` where it is None, and `use_cpu`
+    where there is no GPU, without which transformers refuses bfloat16."""
+    if args.bf16 is None:
+        args.bf16 = not args.fp16 and has_fast_bfloat16()
+    args.use_cpu = args.use_cpu or not torch.accelerator.is_available()
+
+
 def keep_freed_memory() -> None:
     """On a CPU, keeps the memory that a step frees for the next one.
 

@@ -10,7 +10,6 @@ A run that was interrupted (SIGTERM saves first and exits with 143) goes on when
 
 import dataclasses
 import logging
-import shutil
 import signal
 import sys
 import time
@@ -18,25 +17,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from components.common.cli import ConfigParser, check_output, prepare_output, run_stage
+from components.common.cli import ConfigParser, prepare_output, run_stage
 from components.common.conversations import read_rows
-from components.common.errors import UserError
+from components.common.errors import TERMINATED, UserError
 from components.common.kfp_outputs import publish
 
 logger = logging.getLogger(__name__)
-
-TERMINATED = 143  # 128 + SIGTERM: a retry policy sees a failure, and its retry resumes
 
 
 def main(argv: Sequence[str]) -> None:
     started = time.perf_counter()
     from components.common.chat_templates import encode_rows
     from components.common.models import load_config, load_model, load_tokenizer
+    from components.common.resume import ResumableStageConfig, checkpoint_to_resume
     from components.common.training import HIDDEN
-    from components.sapo.config import SAPOConfig, SAPOStageConfig
+    from components.sapo.checkpoint import complete_checkpoints, require_complete
+    from components.sapo.config import SAPOConfig
     from components.sapo.plan import describe
 
-    parser = ConfigParser("sapo", [SAPOStageConfig, SAPOConfig], hidden=(*HIDDEN, "log_dir"))
+    parser = ConfigParser("sapo", [ResumableStageConfig, SAPOConfig], hidden=(*HIDDEN, "log_dir"))
     if {"-h", "--help"} & set(argv):
         print(parser.help(__doc__ or ""))
         return
@@ -46,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(
             f"eval_strategy = {args.eval_strategy.value} needs held-out rows; raise eval_rows, or set it to no"
         )
-    checkpoint = _checkpoint_to_resume(stage)
+    checkpoint = checkpoint_to_resume(stage, complete_checkpoints, require_complete)
     tokenizer = load_tokenizer(stage.model)
     max_prompt_length = min(stage.max_prompt_length, args.max_length)
     train, dropped = encode_rows(tokenizer, read_rows(stage.data, "train"), max_prompt_length, args.max_length)
@@ -67,24 +66,6 @@ def main(argv: Sequence[str]) -> None:
         logger.info("stopped after step %d and saved; the same command goes on from there", trainer.state.global_step)
         sys.exit(TERMINATED)
     _write(stage, args, trainer, summary, output)
-
-
-def _checkpoint_to_resume(stage: Any) -> Path | None:
-    """The checkpoint to go on from, or None for a new run; refuses an output that holds something else."""
-    from components.sapo.checkpoint import complete_checkpoints, require_complete
-
-    output = Path(stage.output)
-    if stage.resume_from:
-        return require_complete(Path(stage.resume_from))
-    if stage.overwrite or not output.is_dir():
-        check_output(stage.output, stage.overwrite)
-        return None
-    if found := complete_checkpoints(output / "checkpoints"):
-        return found[-1]
-    # A run that was killed before its first checkpoint leaves these two; anything else is not ours to touch.
-    if not {path.name for path in output.iterdir()} <= {"checkpoints", "training"}:
-        check_output(stage.output, overwrite=False)
-    return None
 
 
 def _train(
@@ -124,14 +105,14 @@ def _train(
 
 
 def _write(stage: Any, args: Any, trainer: Any, summary: dict[str, float], output: Path) -> None:
+    from components.common.resume import remove_checkpoints
     from components.common.training import save_model, write_training_log
 
     save_model(trainer, output)
     name = stage.name or f"sapo-{args.loss_type}"
     settings = dataclasses.asdict(stage) | args.to_dict()
     write_training_log(stage.log_directory(), "sapo", name, trainer, settings, summary)
-    if not stage.keep_checkpoints:
-        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    remove_checkpoints(stage)
     if (margin := summary.get("eval_rewards/margins")) is not None:
         logger.info("margin on held-out pairs since the start: %+.4f", margin)
     logger.info("trained %d steps in %.0f s, wrote %s", trainer.state.global_step, summary["train_runtime"], output)

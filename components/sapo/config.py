@@ -9,15 +9,6 @@ from transformers import TrainingArguments
 
 from components.common import training
 from components.common.cli import setting
-from components.common.training import TrainingStageConfig
-
-
-@dataclass(kw_only=True)
-class SAPOStageConfig(TrainingStageConfig):
-    """Where the sapo stage reads and writes, and how it resumes. OUTPUT with checkpoints in it is resumed by itself."""
-
-    resume_from: str | None = setting(None, "Checkpoint to go on from; default: the newest in OUTPUT/checkpoints.")
-    keep_checkpoints: bool = setting(False, "Leave OUTPUT/checkpoints in place when the run is complete.")
 
 
 @dataclass(kw_only=True)
@@ -116,8 +107,7 @@ class SAPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check()
-        if self.bf16 is None:
-            self.bf16 = training.has_fast_bfloat16()
+        training.settle_device(self)
         super().__post_init__()
         if self.world_size > 1:
             raise ValueError(f"started with {self.world_size} processes: SAPO runs in one; start it without a launcher")

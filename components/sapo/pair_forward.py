@@ -418,7 +418,7 @@ def _cast_for_autocast(norm: nn.Module, inputs: Any, output: Tensor) -> Tensor:
 
 def _is_plain_gated_mlp(mlp: Any) -> bool:
     """Whether it is down(silu(gate(x)) * up(x)) with a linear layer `down` that nothing has wrapped, sharded or quantised."""
-    down = getattr(mlp, "down_proj", None)
+    down: Any = getattr(mlp, "down_proj", None)
     plain = type(down) is nn.Linear and down.bias is None and type(down.weight) is nn.Parameter
     whole = plain and down.weight.numel() == down.in_features * down.out_features
     return whole and mlp.config.hidden_act == "silu"

@@ -4,15 +4,19 @@ The tokens are those of every other stage: the prompt under the chat template, t
 Only response tokens carry loss.
 
     python -m components.sft --config tiny --data runs/data --model runs/model --output runs/sft
+
+A run that was interrupted (SIGTERM saves first and exits with 143) goes on when the same command is given again.
 """
 
 import dataclasses
 import logging
 import math
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from components.common.cli import ConfigParser, check_output, run_stage
+from components.common.cli import ConfigParser, run_stage
 from components.common.conversations import read_rows
 from components.common.kfp_outputs import publish
 
@@ -20,35 +24,43 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str]) -> None:
-    from components.common.models import load_model, load_tokenizer
+    started = time.perf_counter()
+    from components.common.models import load_tokenizer
     from components.common.processes import is_first, leave, prepare_output_once
-    from components.common.training import HIDDEN, TrainingStageConfig, stage_arguments
+    from components.common.resume import (
+        ResumableStageConfig,
+        RunRecord,
+        check_identity,
+        checkpoint_to_resume,
+        run_identity,
+    )
+    from components.common.training import HIDDEN
     from components.sft.config import SFTSettings
 
-    parser = ConfigParser("sft", [TrainingStageConfig, SFTSettings], hidden=HIDDEN)
+    parser = ConfigParser("sft", [ResumableStageConfig, SFTSettings], hidden=HIDDEN)
     if {"-h", "--help"} & set(argv):
         print(parser.help(__doc__ or ""))
         return
     stage, args = parser.parse(argv)
 
-    check_output(stage.output, stage.overwrite)
+    checkpoint = checkpoint_to_resume(stage)
     tokenizer = load_tokenizer(stage.model)
     train, dropped = _dataset(tokenizer, stage, args, "train", limit=None)
     evaluation = _dataset(tokenizer, stage, args, "test", stage.eval_rows)[0] if stage.eval_rows else None
-    tokens = sum(len(ids) for ids in train["input_ids"])
-    steps = _steps(_sequences(train, args), args)
-    plan = f"{len(train)} rows ({dropped} dropped: prompt too long), {tokens:,} tokens an epoch, {steps} steps"
+    identity = run_identity(args, train)
+    if checkpoint:
+        check_identity(checkpoint, identity)
     if is_first():
-        print(f"plan: {plan}; writes {stage.output}") if stage.dry_run else logger.info(plan)
+        for line in _plan(train, dropped, args, checkpoint, stage.output):
+            print(line) if stage.dry_run else logger.info(line)
     if stage.dry_run:
         return
 
-    output = prepare_output_once(stage.output, stage.overwrite)
-    args = dataclasses.replace(args, **stage_arguments(stage.log_directory()))
-    attention = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
-    model = load_model(stage.model, "float32", **attention)
-    trainer, summary = _train(model, tokenizer, train, evaluation, args)
-    _write(stage, args, trainer, summary, output)
+    if not checkpoint:
+        prepare_output_once(stage.output, overwrite=True)
+    trainer = _trainer(stage, args, tokenizer, train, evaluation)
+    summary = _train(trainer, RunRecord(started, identity, trainer), checkpoint)
+    _write(stage, args, trainer, summary)
     leave()
 
 
@@ -68,6 +80,13 @@ def _dataset(tokenizer: Any, stage: Any, args: Any, split: str, limit: int | Non
     return Dataset.from_dict(columns), dropped
 
 
+def _plan(train: Any, dropped: int, args: Any, checkpoint: Path | None, output: str) -> list[str]:
+    """What will be done: the text of `--dry_run`."""
+    tokens, steps = sum(len(ids) for ids in train["input_ids"]), _steps(_sequences(train, args), args)
+    rows = f"{len(train)} rows ({dropped} dropped: prompt too long), {tokens:,} tokens an epoch, {steps} steps"
+    return [f"plan: {rows}; writes {output}", *([f"resumes from {checkpoint}"] if checkpoint else [])]
+
+
 def _sequences(train: Any, args: Any) -> int:
     """How many rows the trainer will see: packed ones hold several samples."""
     if not args.packing:
@@ -84,30 +103,44 @@ def _steps(rows: int, args: Any) -> int:
     return math.ceil(rows / per_step) * math.ceil(args.num_train_epochs)
 
 
-def _train(model: Any, tokenizer: Any, train: Any, evaluation: Any, args: Any) -> tuple[Any, dict[str, float]]:
+def _trainer(stage: Any, args: Any, tokenizer: Any, train: Any, evaluation: Any) -> Any:
     from trl import SFTTrainer
 
+    from components.common.models import load_model
     from components.common.processes import show_progress_once
-    from components.common.training import final_evaluation
+    from components.common.training import stage_arguments
 
+    places = stage_arguments(stage.log_directory()) | {"output_dir": str(Path(stage.output) / "checkpoints")}
+    args = dataclasses.replace(args, **places)
+    attention = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
+    model = load_model(stage.model, "float32", **attention)
     trainer = SFTTrainer(model, args, train_dataset=train, eval_dataset=evaluation, processing_class=tokenizer)
     show_progress_once(trainer, "sft")
-    summary = trainer.train().metrics
-    if evaluation is not None:
-        summary |= final_evaluation(trainer)
-    return trainer, summary
+    return trainer
 
 
-def _write(stage: Any, args: Any, trainer: Any, summary: dict[str, float], output: Any) -> None:
+def _train(trainer: Any, record: Any, checkpoint: Path | None) -> dict[str, float]:
+    from components.common.resume import train_to_end
+    from components.common.training import final_evaluation
+
+    summary = train_to_end(trainer, record, checkpoint)
+    return summary | (final_evaluation(trainer) if trainer.eval_dataset is not None else {})
+
+
+def _write(stage: Any, args: Any, trainer: Any, summary: dict[str, float]) -> None:
     from components.common.processes import is_first, save_model_once
+    from components.common.resume import remove_checkpoints
     from components.common.training import write_training_log
 
-    save_model_once(trainer, output)
+    save_model_once(trainer, Path(stage.output))
     if not is_first():
         return
     settings = dataclasses.asdict(stage) | args.to_dict()
     write_training_log(stage.log_directory(), "sft", stage.name or "sft", trainer, settings, summary)
-    logger.info("trained %d steps in %.0f s, wrote %s", trainer.state.global_step, summary["train_runtime"], output)
+    remove_checkpoints(stage)
+    logger.info(
+        "trained %d steps in %.0f s, wrote %s", trainer.state.global_step, summary["seconds/train"], stage.output
+    )
     published = {k: v for k, v in summary.items() if k in ("train_loss", "eval_loss", "train_runtime")}
     publish(stage.executor_input, {"metrics": published})
 

@@ -37,7 +37,6 @@ class SFTSettings(SFTConfig):
             raise ValueError(f"max_length = {self.max_length}: must be 2 or more (a prompt and a response)")
         if self.packing and self.packing_strategy == "wrapped":
             raise ValueError("packing_strategy = wrapped: lets samples see and cut each other; use bfd")
-        if self.bf16 is None:
-            self.bf16 = training.has_fast_bfloat16()
+        training.settle_device(self)
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         super().__post_init__()

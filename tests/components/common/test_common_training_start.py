@@ -55,3 +55,16 @@ def test_what_does_not_fit_is_one_clear_line(argv: list[str], message: str) -> N
         _parse(*argv)
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+def test_bfloat16_on_a_cpu_needs_no_other_setting(monkeypatch, tmp_path):
+    """transformers refuses bfloat16 without a GPU unless use_cpu says that this is meant."""
+    from components.common.preference import DPOSettings, ORPOSettings
+    from components.sapo.config import SAPOConfig
+    from components.sft.config import SFTSettings
+
+    monkeypatch.setattr("components.common.training.has_fast_bfloat16", lambda: True)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    for settings in (SFTSettings, DPOSettings, ORPOSettings, SAPOConfig):
+        args = settings(output_dir=str(tmp_path), report_to="none")
+        assert (args.bf16, args.use_cpu) == (True, True)

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from components.common.conversations import write_rows
-from components.common.errors import UserError
+from components.common.errors import TERMINATED, UserError
 from components.common.models import load_model, load_tokenizer
-from components.common.resume import TERMINATED, complete_checkpoints
+from components.common.resume import complete_checkpoints
 from tests.conftest import chat_rows
 
 COMMON = {

@@ -137,16 +137,19 @@ def test_layers_are_lean_while_pairs_are_packed(family):
     """Fewer bytes are kept for backward than by the layers as they come, which are put back."""
     model = tiny(family, intermediate_size=128)
     batch = collate(PAIRS, pad_id=0, share=True)
-    kept = {}
-    for name, is_plain in (("lean", pair_forward._is_plain_gated_mlp), ("plain", lambda mlp: False)):
-        saved = {}
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pair_forward, "_is_plain_gated_mlp", is_plain)
-            with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
-                response_logps(model, batch)
-        kept[name] = sum(tensor.nbytes for tensor in saved.values())
+    kept = {"lean": _bytes_kept(model, batch)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pair_forward, "_is_plain_gated_mlp", lambda mlp: False)
+        kept["plain"] = _bytes_kept(model, batch)
     assert kept["lean"] < 0.8 * kept["plain"]
     assert all("forward" not in vars(layer.mlp) for layer in model.model.layers)
+
+
+def _bytes_kept(model, batch):
+    saved = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
+        response_logps(model, batch)
+    return sum(tensor.nbytes for tensor in saved.values())
 
 
 def test_other_architectures_are_padded_and_say_so(caplog):

@@ -3,8 +3,9 @@
 import pytest
 
 from components.common.cli import ConfigParser, find_recipe, recipe_names
+from components.common.resume import ResumableStageConfig
 from components.common.training import HIDDEN
-from components.sapo.config import SAPOConfig, SAPOStageConfig
+from components.sapo.config import SAPOConfig
 
 # Section 5.1, and the authors' code where the paper is silent.
 PAPER = {
@@ -45,8 +46,8 @@ LOSSES = {
 }
 
 
-def load(recipe: str) -> tuple[SAPOStageConfig, SAPOConfig]:
-    parser = ConfigParser("sapo", [SAPOStageConfig, SAPOConfig], hidden=(*HIDDEN, "log_dir"))
+def load(recipe: str) -> tuple[ResumableStageConfig, SAPOConfig]:
+    parser = ConfigParser("sapo", [ResumableStageConfig, SAPOConfig], hidden=(*HIDDEN, "log_dir"))
     return parser.parse(["--config", recipe, "--data", "d", "--model", "m", "--output", "o"])
 
 

@@ -4,14 +4,14 @@ import pytest
 
 from components.common.cli import ConfigParser, find_recipe, recipe_names
 from components.common.preference import DPOSettings, ORPOSettings
-from components.common.preference_stage import PreferenceStageConfig
+from components.common.resume import ResumableStageConfig
 from components.common.training import HIDDEN, TrainingStageConfig
 from components.sft.config import SFTSettings
 
 STAGES = {
     "sft": [TrainingStageConfig, SFTSettings],
-    "dpo": [PreferenceStageConfig, DPOSettings],
-    "orpo": [PreferenceStageConfig, ORPOSettings],
+    "dpo": [ResumableStageConfig, DPOSettings],
+    "orpo": [ResumableStageConfig, ORPOSettings],
 }
 # Section 5.1, and the authors' code where the paper is silent.
 WINDOW = {"max_length": 2048, "seed": 42, "disable_dropout": True}

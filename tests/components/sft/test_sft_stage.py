@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from components.common.errors import UserError
 from components.common.models import load_model, load_tokenizer
@@ -51,6 +52,27 @@ def test_output_is_a_model_with_template_and_stop_tokens(trained):
     model = load_model(str(trained), torch.float32)
     assert tokenizer.eos_token_id in model.generation_config.eos_token_id
     assert not list(trained.glob("*.bin"))
+
+
+def test_resumed_equals_uninterrupted(tmp_path, chat_data, micro_model):
+    """The run is cut after step 3, as a kill before step 6 was saved leaves it."""
+    flags = ["--data", str(chat_data), "--model", str(micro_model), "--keep_checkpoints", "true"]
+    flags += [*SETTINGS, "--max_steps", "6", "--save_strategy", "steps", "--save_steps", "3"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for output in (whole, cut):
+        main([*flags, "--output", str(output)])
+    for path in cut.iterdir():
+        if path.is_file():
+            path.unlink()
+    (cut / "checkpoints" / "checkpoint-6" / "trainer_state.json").unlink()
+    main([*flags, "--output", str(cut)])
+    resumed, expected = (load_file(output / "model.safetensors") for output in (cut, whole))
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    summaries = [json.loads((d / "training" / "summary.json").read_text())["summary"] for d in (cut, whole)]
+    assert summaries[0]["tokens/trained"] == summaries[1]["tokens/trained"] > 0
+    with pytest.raises(UserError, match=r"is of another run: learning_rate was 0.005, is 0.001"):
+        (cut / "model.safetensors").unlink()
+        main([*flags, "--output", str(cut), "--learning_rate", "1e-3"])
 
 
 def test_prompt_tokens_carry_no_loss(chat_data, micro_model):
