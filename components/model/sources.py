@@ -118,7 +118,10 @@ def _build_from_scratch(config: ModelConfig) -> Loaded:
     architecture = read_architecture(config.source)
     tokenizer = train_tokenizer(str(config.data), architecture["tokenizer"]["vocab_size"])
     model_settings = dict(architecture["model"])
-    model_config = AutoConfig.for_model(model_settings.pop("model_type"), vocab_size=len(tokenizer), **model_settings)
+    # Without these a family's defaults would name ordinary tokens of this tokenizer, and generation stop at them.
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model_settings = {"vocab_size": len(tokenizer), **special, **model_settings}
+    model_config = AutoConfig.for_model(model_settings.pop("model_type"), **model_settings)
     torch.manual_seed(config.seed)
     model = AutoModelForCausalLM.from_config(model_config, dtype=_dtype(config.dtype.replace("auto", "float32")))
     return model, tokenizer

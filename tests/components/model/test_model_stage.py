@@ -49,6 +49,15 @@ def test_scratch_model_has_the_size_it_was_given(micro_model):
     assert {p.name for p in micro_model.iterdir()} >= {"config.json", "model.safetensors", "generation_config.json"}
 
 
+def test_scratch_model_stops_at_its_own_special_tokens_only(micro_model):
+    """Not at the ids that its family has by default, which are ordinary tokens of this tokenizer."""
+    stops = GenerationConfig.from_pretrained(micro_model).eos_token_id
+    assert {AutoTokenizer.from_pretrained(micro_model).convert_ids_to_tokens(i) for i in stops} <= {
+        "<|im_end|>",
+        "</s>",
+    }
+
+
 def test_scratch_tokenizer_loses_no_text(micro_model):
     tokenizer = AutoTokenizer.from_pretrained(micro_model)
     text = "Any text — 你好, naïve 🙂\n  indented"
