@@ -1,26 +1,32 @@
-"""Compile the pipelines, or run one on this machine without a cluster.
+"""Compile the pipelines, run one on this machine without a cluster, or submit it to one.
 
     python -m pipelines compile                                   write pipelines/compiled/*.yaml, for the UI's upload
     python -m pipelines compile --check                           only tell whether they still match the code (for CI)
     python -m pipelines run comparison --run pipelines/runs/tiny.yaml   run it as processes; minutes on a CPU
     python -m pipelines run --help                                the parameters of every pipeline
+    python -m pipelines submit comparison --run FILE --endpoint URL --wait   run it on a cluster
+    python -m pipelines trainjob comparison --run FILE --method NAME --nodes 2 ...   print one method as a TrainJob
 
-Exit codes: 0 done; 1 a stage failed, or --check found a difference; 2 wrong usage; 130 interrupted.
+Exit codes: 0 done; 1 a stage or a run failed, the cluster cannot be reached, or --check found a difference;
+2 wrong usage; 130 interrupted.
 """
 
 import argparse
+import json
 import sys
 import textwrap
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
+import yaml
+
 from components.common.cli import prepare_output
 from components.common.errors import UserError
 from pipelines.methods import METHOD_LISTS, check_methods, select
 from pipelines.package import COMPILED, Package, package_names, read_package, run_arguments
 
-_RUN = """Run a compiled pipeline as processes of this Python environment, one task after the other.
+_RUN = """Run a compiled pipeline as processes of this Python environment (or in containers), one task after the other.
 
 Every line a stage says is shown with the task's name and kept in OUTPUT/logs/TASK.log; what it writes lands in
 OUTPUT/outputs/TASK/. Ctrl-C stops the running stage (SIGTERM, then SIGKILL after 20 seconds or a second Ctrl-C).
@@ -30,6 +36,21 @@ OUTPUT/outputs/TASK/. Ctrl-C stops the running stage (SIGTERM, then SIGKILL afte
     python -m pipelines run sapo --run pipelines/runs/sapo-tiny.yaml --set sft_settings.max_steps=5
 """
 
+_SUBMIT = """Run a compiled pipeline on a cluster: checks the arguments, starts the run, prints its URL.
+
+With --wait it shows the tasks until the run has ended, and the exit code is 0 only if it SUCCEEDED. Interrupting that
+leaves the run going; submitting again with the same --key finds it. Credentials come from the environment: KF_TOKEN (a
+bearer token) or KF_COOKIE (such as authservice_session=...).
+
+    python -m pipelines submit comparison --run pipelines/runs/tiny.yaml --endpoint http://localhost:8080 --wait
+    python -m pipelines submit comparison --run pipelines/runs/tiny.yaml --endpoint http://localhost:8080 --dry_run
+"""
+_TRAINJOB = """Print one method of a run as a TrainJob of Kubeflow Trainer: the same stage, on several nodes.
+
+    python -m pipelines trainjob comparison --run pipelines/runs/llama3-8b.yaml --method sapo-dpo --nodes 2 \\
+      --data s3://sapo/data --model s3://sapo/sft --output s3://sapo/sapo-dpo | kubectl create -f -
+"""
+
 
 def main(argv: Sequence[str]) -> int:
     """Runs one command and returns the exit code."""
@@ -37,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
         arguments = _parser(with_parameters=not {"-h", "--help"}.isdisjoint(argv)).parse_args(argv)
         if arguments.command == "compile":
             return _compile(arguments.check)
-        return _run(arguments)
+        return {"run": _run, "submit": _submit, "trainjob": _trainjob}[arguments.command](arguments)
     except UserError as error:
         print(f"pipelines: error: {error}", file=sys.stderr)
         return 2
@@ -56,7 +77,7 @@ def _parser(with_parameters: bool) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m pipelines", description=__doc__, formatter_class=form, allow_abbrev=False
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{compile,run}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{compile,run,submit,trainjob}")
 
     about = "Compile every pipeline to pipelines/compiled/NAME.yaml."
     command = commands.add_parser("compile", help=about, description=about, allow_abbrev=False)
@@ -72,6 +93,28 @@ def _parser(with_parameters: bool) -> argparse.ArgumentParser:
         formatter_class=form,
         allow_abbrev=False,
     )
+    _add_arguments_of_run(command)
+    command.add_argument(
+        "--containers",
+        action="store_true",
+        help="in containers of the stages' images, on Docker or Podman (DOCKER_HOST), instead of as processes",
+    )
+    command.add_argument("--output", metavar="DIR", help="default: runs/NAME-TIME; refused if it holds files")
+    command.add_argument("--overwrite", action="store_true", help="empty the output directory first")
+
+    about = "Run a compiled pipeline on a cluster."
+    _add_submit(
+        commands.add_parser("submit", help=about, description=_SUBMIT, formatter_class=form, allow_abbrev=False)
+    )
+    about = "Print one method of a run as a TrainJob, for several nodes."
+    command = commands.add_parser(
+        "trainjob", help=about, description=_TRAINJOB, formatter_class=form, allow_abbrev=False
+    )
+    _add_trainjob(command)
+    return parser
+
+
+def _add_arguments_of_run(command: argparse.ArgumentParser) -> None:
     command.add_argument("pipeline", metavar="NAME", help="a compiled pipeline, or the path of a package")
     command.add_argument("--run", metavar="FILE", help="YAML file of pipeline parameters; those left out have defaults")
     command.add_argument(
@@ -86,9 +129,36 @@ def _parser(with_parameters: bool) -> argparse.ArgumentParser:
         metavar="NAMES",
         help="comparison, ablation: only these methods of the list, by name or group, with commas between",
     )
-    command.add_argument("--output", metavar="DIR", help="default: runs/NAME-TIME; refused if it holds files")
-    command.add_argument("--overwrite", action="store_true", help="empty the output directory first")
-    return parser
+
+
+def _add_submit(command: argparse.ArgumentParser) -> None:
+    _add_arguments_of_run(command)
+    add = command.add_argument
+    add(
+        "--endpoint", metavar="URL", required=True, help="of Kubeflow Pipelines; in full Kubeflow https://HOST/pipeline"
+    )
+    add("--namespace", metavar="NAME", default="", help="of a profile; leave it out where Kubeflow has one user")
+    add("--experiment", metavar="NAME", default="sapo", help="made if missing; default: sapo")
+    add(
+        "--service_account",
+        metavar="NAME",
+        default="sapo-runner",
+        help="of the pods; default: sapo-runner; '' for none",
+    )
+    add("--key", metavar="KEY", help="names the run: submitting the same again finds it instead of starting another")
+    add("--wait", action="store_true", help="until the run has ended; exit code 0 only if it SUCCEEDED")
+    add("--timeout", metavar="SECONDS", type=float, default=0, help="of --wait; the run itself goes on; default: none")
+    add("--poll", metavar="SECONDS", type=float, default=15, help="between two looks at the run; default: 15")
+    add("--dry_run", action="store_true", help="print what would be sent, as JSON, and send nothing")
+
+
+def _add_trainjob(command: argparse.ArgumentParser) -> None:
+    _add_arguments_of_run(command)
+    add = command.add_argument
+    add("--method", metavar="NAME", required=True, help="the entry of the list of methods to train")
+    add("--nodes", metavar="N", type=int, required=True, help="pods, each with all the GPUs of a training stage")
+    for name, what in (("data", "output of the data stage"), ("model", "model to start from"), ("output", "result")):
+        add(f"--{name}", metavar="URI", required=True, help=f"s3:// location of the {what}")
 
 
 def _parameters_help() -> str:
@@ -119,15 +189,24 @@ def _compile(check: bool) -> int:
     return 0
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _package_and_parameters(arguments: argparse.Namespace) -> tuple[Package, dict[str, Any]]:
     package = read_package(arguments.pipeline)
-    parameters = _with_methods(package, run_arguments(package, arguments.run, arguments.set), arguments.only)
+    return package, _with_methods(package, run_arguments(package, arguments.run, arguments.set), arguments.only)
 
-    from pipelines.local import LocalRun, RunError, planned_tasks
 
+def _run(arguments: argparse.Namespace) -> int:
+    package, parameters = _package_and_parameters(arguments)
+
+    from pipelines.local import Executor, LocalRun, RunError, planned_tasks
+
+    executor: Executor | None = None
+    if arguments.containers:
+        from pipelines.containers import Containers
+
+        executor = Containers()
     output = arguments.output or f"runs/{package.name}-{datetime.now():%Y%m%d-%H%M%S}"
     directory = prepare_output(output, arguments.overwrite)
-    run = LocalRun(package, directory)
+    run = LocalRun(package, directory, executor=executor)
     tasks = len(planned_tasks(package, parameters))
     print(f"pipeline {package.name}: {tasks} tasks, everything lands in {directory}", flush=True)
     try:
@@ -141,6 +220,46 @@ def _run(arguments: argparse.Namespace) -> int:
     print(run.times())
     for place in sorted((directory / "outputs").glob("*/*/report.html")):
         print(f"report: {place}")
+    return 0
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    package, parameters = _package_and_parameters(arguments)
+
+    from pipelines.submit import Cluster, Submission, SubmitError, failure, live
+
+    where = {
+        name: getattr(arguments, name) for name in ("endpoint", "namespace", "experiment", "service_account", "key")
+    }
+    submission = Submission(package, parameters, **where)
+    if arguments.dry_run:
+        print(json.dumps(submission.request(), indent=2))
+        return 0
+    try:
+        cluster = Cluster(submission)
+        run, started = cluster.start()
+        url = cluster.url(run.run_id)
+        print(f"{'started' if started else 'found'} {run.display_name}: {url}", flush=True)
+        if not arguments.wait:
+            return 0
+        run = cluster.wait(run.run_id, arguments.timeout, arguments.poll, live(package.name))
+    except SubmitError as error:
+        print(f"pipelines: error: {error}", file=sys.stderr)
+        return 1
+    if run.state == "SUCCEEDED":
+        print(f"SUCCEEDED: {url}")
+        return 0
+    print(f"pipelines: error: {failure(run)}; see {url}", file=sys.stderr)
+    return 1
+
+
+def _trainjob(arguments: argparse.Namespace) -> int:
+    package, parameters = _package_and_parameters(arguments)
+
+    from pipelines.trainjob import train_job
+
+    places = {name: getattr(arguments, name) for name in ("method", "nodes", "data", "model", "output")}
+    print(yaml.safe_dump(train_job(package, parameters, **places), sort_keys=False), end="")
     return 0
 
 

@@ -2,7 +2,8 @@
 
 from kfp import dsl
 
-from pipelines.comparison import NO_SETTINGS, compare
+from pipelines.cluster import Machine
+from pipelines.comparison import NO_SETTINGS, NO_TOLERATIONS, compare
 from pipelines.methods import methods_of_run
 
 VARIANTS = methods_of_run("ablation-tiny", "variants")
@@ -22,6 +23,15 @@ def ablation(
     evaluation_recipe: str = "held-out-tiny",
     evaluation_settings: dict = NO_SETTINGS,
     report_settings: dict = NO_SETTINGS,
+    gpus: str = "0",
+    gpu_type: str = "nvidia.com/gpu",
+    cpu: str = "2",
+    memory: str = "8Gi",
+    evaluation_gpus: str = "0",
+    evaluation_cpu: str = "2",
+    evaluation_memory: str = "8Gi",
+    node_selector: dict = NO_SETTINGS,
+    tolerations: list = NO_TOLERATIONS,
 ) -> None:
     """Trains variants of SAPO (arXiv 2405.20830), as in the ablations of its Tables 3 to 5 and Figure 2, and more.
 
@@ -41,6 +51,15 @@ def ablation(
         evaluation_recipe: Recipe of the evaluation, the same for all models.
         evaluation_settings: Settings laid over the evaluation recipe.
         report_settings: Settings of the report, such as {"title": "My run"}.
+        gpus: GPUs of each training stage, as text; "0" trains on the CPU. Training stages run one at a time.
+        gpu_type: Kubernetes resource that GPUs are counted in, such as nvidia.com/gpu or amd.com/gpu.
+        cpu: CPUs of each training stage, as text, such as "64".
+        memory: Memory of each training stage, /dev/shm included, such as "800Gi".
+        evaluation_gpus: GPUs of each evaluation, as text; "0" evaluates on the CPU.
+        evaluation_cpu: CPUs of each evaluation, as text.
+        evaluation_memory: Memory of each evaluation.
+        node_selector: Nodes that train and evaluate, such as {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}.
+        tolerations: Tolerations of the pods that do, such as [{"key": "nvidia.com/gpu", "operator": "Exists"}].
     """
     compare(
         methods=variants,
@@ -50,4 +69,6 @@ def ablation(
         sft=(sft_recipe, sft_settings),
         evaluation=(evaluation_recipe, evaluation_settings),
         report_settings=report_settings,
+        trainer=Machine(gpus, gpu_type, cpu, memory, node_selector, tolerations),
+        evaluator=Machine(evaluation_gpus, gpu_type, evaluation_cpu, evaluation_memory, node_selector, tolerations),
     )

@@ -1,7 +1,80 @@
-"""What a stage is on a cluster: its image. One place, so that a fork changes its registry once and compiles again."""
+"""What a stage is on a cluster: image, machine, secrets, caches, retries, time-outs. One place for all of them.
+
+A fork changes the registry here once and compiles again. Kubernetes names are those that the Helm chart creates. Local
+runs ignore all of this but the commands: platform settings are not part of what kfp.local executes.
+
+What takes an argument of the run: GPUs, CPU, memory, node selector and tolerations of the stages that compute, as text,
+because Kubeflow Pipelines reads only text parameters there. Fixed when compiled, because it has no parameters for them:
+retries, time-outs, caching, labels, volumes, environment.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from kfp import kubernetes
+from kfp.dsl import PipelineTask
 
 REGISTRY = "ghcr.io/sapo-pipelines"
 VERSION = "0.1.0"  # of this distribution; tests compare it with pyproject.toml
+
+SERVICE_ACCOUNT = "sapo-runner"
+QUEUE = "sapo"  # Kueue's LocalQueue; without Kueue the label means nothing
+# NCCL and data loaders share memory between processes; a container's own /dev/shm has 64 MiB. It counts as memory.
+SHARED_MEMORY = "32Gi"
+CACHE_CLAIM = "sapo-model-cache"
+# Where the images keep every cache: the hub, wheels, compiled kernels. Their user, uid 1000, must be able to write there.
+CACHE = "/tmp/.cache"
+# Environment of a stage: from a secret's key. Every one is optional to Kubernetes; the preflight stage says what a run lacks.
+SECRETS = {
+    "hub": ("sapo-hub", {"token": "HF_TOKEN"}),
+    "store": ("sapo-store", {"accesskey": "AWS_ACCESS_KEY_ID", "secretkey": "AWS_SECRET_ACCESS_KEY"}),
+    "judge": ("sapo-judge", {"key": "OPENAI_API_KEY"}),
+}
+STORE = ("sapo-store", {"endpoint": "AWS_ENDPOINT_URL", "region": "AWS_REGION"})
+_HOUR = 3600
+
+
+class Machine(NamedTuple):
+    """What a stage that computes asks for: parameters of the pipeline, or constants."""
+
+    gpus: Any
+    gpu_type: Any
+    cpu: Any
+    memory: Any
+    node_selector: Any
+    tolerations: Any
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """What a stage needs besides a `Machine`; `size` is (CPU, memory) of one that needs no more, request then limit.
+
+    A cached stage gives the same for the same inputs. An attempt that takes longer than `hours` is a failed one.
+    """
+
+    hours: int
+    secrets: tuple[str, ...] = ("hub", "store")
+    size: tuple[tuple[str, str], tuple[str, str]] | None = None
+    retries: int = 2
+    cached: bool = False
+    cache_volume: bool = True
+
+
+_LIGHT = (("250m", "512Mi"), ("2", "4Gi"))
+_TRAINING = _Needs(hours=96)
+NEEDS = {
+    # Without the volume: a pod that waits for a missing one says nothing, and this stage is there to tell.
+    "preflight": _Needs(
+        1, ("hub", "store", "judge"), (("100m", "128Mi"), ("1", "512Mi")), retries=0, cache_volume=False
+    ),
+    "data": _Needs(4, size=(("500m", "1Gi"), ("2", "8Gi")), cached=True),
+    "model": _Needs(4, size=(("500m", "2Gi"), ("4", "48Gi")), cached=True),  # 8B parameters are loaded once, on the CPU
+    "sft": _TRAINING,
+    "sapo": _TRAINING,
+    "train": _TRAINING,
+    "evaluation": _Needs(24, ("hub", "store", "judge")),
+    "report": _Needs(1, ("store",), _LIGHT, cache_volume=False),
+}
 
 
 def image(stage: str) -> str:
@@ -10,3 +83,49 @@ def image(stage: str) -> str:
     `train` is an image that holds every training stage: in a comparison the stage is an argument of the run.
     """
     return f"{REGISTRY}/{stage}:{VERSION}"
+
+
+def on_cluster(task: PipelineTask, stage: str, machine: Machine | None = None) -> PipelineTask:
+    """Gives a task of that stage everything it needs on a cluster, and returns it.
+
+    Args:
+        task: A task of the pipeline that is being compiled.
+        stage: A key of `NEEDS`.
+        machine: For the stages that compute (training, evaluation); the others have a fixed size.
+    """
+    needs = NEEDS[stage]
+    task.set_caching_options(needs.cached)
+    if needs.retries:
+        task.set_retry(needs.retries, backoff_duration="60s", backoff_factor=2.0, backoff_max_duration="600s")
+    kubernetes.set_timeout(task, needs.hours * _HOUR)
+    kubernetes.set_security_context(task, run_as_non_root=True)
+    for label, value in (("part-of", "sapo-pipelines"), ("component", stage), ("version", VERSION)):
+        kubernetes.add_pod_label(task, f"app.kubernetes.io/{label}", value)
+    for secret in needs.secrets:
+        kubernetes.use_secret_as_env(task, *SECRETS[secret], optional=True)
+    kubernetes.use_config_map_as_env(task, *STORE, optional=True)
+    if needs.cache_volume:
+        kubernetes.mount_pvc(task, CACHE_CLAIM, CACHE)
+    if machine is None:
+        _set_size(task, needs)
+    else:
+        _set_machine(task, machine)
+    return task
+
+
+def _set_size(task: PipelineTask, needs: _Needs) -> None:
+    assert needs.size is not None, "a stage without a fixed size takes a machine"
+    (cpu_request, memory_request), (cpu, memory) = needs.size
+    task.set_cpu_request(cpu_request).set_cpu_limit(cpu)
+    task.set_memory_request(memory_request).set_memory_limit(memory)
+
+
+def _set_machine(task: PipelineTask, machine: Machine) -> None:
+    task.set_cpu_limit(machine.cpu).set_memory_limit(machine.memory)
+    task.set_accelerator_type(machine.gpu_type).set_accelerator_limit(machine.gpus)
+    # kfp 2.17 does not carry what only a resource uses into a loop: the reference would name nothing there.
+    task.register_pipeline_channels([machine.cpu, machine.memory, machine.gpu_type, machine.gpus])
+    kubernetes.add_node_selector_json(task, machine.node_selector)
+    kubernetes.add_toleration_json(task, machine.tolerations)
+    kubernetes.add_pod_label(task, "kueue.x-k8s.io/queue-name", QUEUE)
+    kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=SHARED_MEMORY)

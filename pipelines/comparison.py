@@ -1,4 +1,4 @@
-"""The pipeline `comparison`: data -> model -> sft -> every method of a list, each evaluated -> report."""
+"""The pipeline `comparison`: preflight -> data -> model -> sft -> every method of a list, each evaluated -> report."""
 
 from typing import Any
 
@@ -6,25 +6,37 @@ from kfp import dsl
 from kfp.dsl.for_loop import LoopArgumentVariable
 
 from pipelines import stages
+from pipelines.cluster import Machine, on_cluster
 from pipelines.methods import methods_of_run
 
 NO_SETTINGS: dict[str, Any] = {}
+NO_TOLERATIONS: list[Any] = []
 METHODS = methods_of_run("tiny", "methods")
 Recipe = tuple[Any, Any]  # the recipe and the settings of a stage, both parameters of the pipeline
 
 
 def compare(
-    methods: Any, data: Recipe, sft_data: Recipe, model: Recipe, sft: Recipe, evaluation: Recipe, report_settings: Any
+    methods: Any,
+    data: Recipe,
+    sft_data: Recipe,
+    model: Recipe,
+    sft: Recipe,
+    evaluation: Recipe,
+    report_settings: Any,
+    trainer: Machine,
+    evaluator: Machine,
 ) -> None:
     """The graph of `comparison` and `ablation`, called while either is compiled."""
-    rows = _task("Data", stages.data, data)
-    sft_rows = _task("Data for SFT", stages.data, sft_data)
-    base = _task("Base model", stages.model, model, data=rows.outputs["data"])
+    checked = check_first(methods, data, sft_data, model, evaluation, trainer, evaluator)
+    rows = on_cluster(_task("Data", stages.data, data), "data").after(checked)
+    sft_rows = on_cluster(_task("Data for SFT", stages.data, sft_data), "data").after(checked)
+    base = on_cluster(_task("Base model", stages.model, model, data=rows.outputs["data"]), "model")
     tuned = _task("SFT", stages.sft, sft, data=sft_rows.outputs["data"], model=base.outputs["model"])
+    on_cluster(tuned, "sft", trainer)
 
     def evaluate(trained: Any, name: Any, title: str) -> Any:
         measured = _task(title, stages.evaluation, evaluation, data=rows.outputs["data"], model=trained, name=name)
-        return measured.outputs["results"]
+        return on_cluster(measured, "evaluation", evaluator).outputs["results"]
 
     base_results = evaluate(base.outputs["model"], "base", "Evaluation of base")
     sft_results = evaluate(tuned.outputs["tuned"], "sft", "Evaluation of sft")
@@ -36,17 +48,45 @@ def compare(
         trained = stages.train(
             data=rows.outputs["data"], base=base.outputs["model"], sft=tuned.outputs["tuned"], **fields
         )
-        trained.set_display_name("Training")
+        on_cluster(trained.set_display_name("Training"), "train", trainer)
         results = evaluate(trained.outputs["model"], fields["name"], "Evaluation")
 
-    stages.comparison_report(
+    reported = stages.comparison_report(
         base=base_results,
         sft=sft_results,
         evaluations=dsl.Collected(results),
         sft_training=tuned.outputs["training_log"],
         trainings=dsl.Collected(trained.outputs["training_log"]),
         settings=report_settings,
-    ).set_display_name("Report")
+    )
+    on_cluster(reported.set_display_name("Report"), "report")
+
+
+def check_first(
+    methods: Any,
+    data: Recipe,
+    sft_data: Recipe,
+    model: Recipe,
+    evaluation: Recipe,
+    trainer: Machine,
+    evaluator: Machine,
+) -> Any:
+    """The task that all others wait for."""
+    checked = stages.preflight(
+        methods=methods,
+        data_recipe=data[0],
+        data_settings=data[1],
+        sft_data_recipe=sft_data[0],
+        sft_data_settings=sft_data[1],
+        model_recipe=model[0],
+        model_settings=model[1],
+        evaluation_recipe=evaluation[0],
+        evaluation_settings=evaluation[1],
+        gpu_type=trainer.gpu_type,
+        gpus=trainer.gpus,
+        evaluation_gpus=evaluator.gpus,
+    )
+    return on_cluster(checked.set_display_name("Preflight"), "preflight")
 
 
 def _task(title: str, stage: Any, recipe: Recipe, **inputs: Any) -> Any:
@@ -67,6 +107,15 @@ def comparison(
     evaluation_recipe: str = "held-out-tiny",
     evaluation_settings: dict = NO_SETTINGS,
     report_settings: dict = NO_SETTINGS,
+    gpus: str = "0",
+    gpu_type: str = "nvidia.com/gpu",
+    cpu: str = "2",
+    memory: str = "8Gi",
+    evaluation_gpus: str = "0",
+    evaluation_cpu: str = "2",
+    evaluation_memory: str = "8Gi",
+    node_selector: dict = NO_SETTINGS,
+    tolerations: list = NO_TOLERATIONS,
 ) -> None:
     """Aligns a model by SAPO (arXiv 2405.20830) and by the methods it is compared with, and reports all of them.
 
@@ -87,6 +136,15 @@ def comparison(
         evaluation_recipe: Recipe of the evaluation, the same for all models.
         evaluation_settings: Settings laid over the evaluation recipe.
         report_settings: Settings of the report, such as {"title": "My run"}.
+        gpus: GPUs of each training stage, as text; "0" trains on the CPU. Training stages run one at a time.
+        gpu_type: Kubernetes resource that GPUs are counted in, such as nvidia.com/gpu or amd.com/gpu.
+        cpu: CPUs of each training stage, as text, such as "64".
+        memory: Memory of each training stage, /dev/shm included, such as "800Gi".
+        evaluation_gpus: GPUs of each evaluation, as text; "0" evaluates on the CPU.
+        evaluation_cpu: CPUs of each evaluation, as text.
+        evaluation_memory: Memory of each evaluation.
+        node_selector: Nodes that train and evaluate, such as {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}.
+        tolerations: Tolerations of the pods that do, such as [{"key": "nvidia.com/gpu", "operator": "Exists"}].
     """
     compare(
         methods=methods,
@@ -96,4 +154,6 @@ def comparison(
         sft=(sft_recipe, sft_settings),
         evaluation=(evaluation_recipe, evaluation_settings),
         report_settings=report_settings,
+        trainer=Machine(gpus, gpu_type, cpu, memory, node_selector, tolerations),
+        evaluator=Machine(evaluation_gpus, gpu_type, evaluation_cpu, evaluation_memory, node_selector, tolerations),
     )

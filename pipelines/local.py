@@ -1,4 +1,5 @@
-"""Runs a compiled package on this machine, without a cluster: every task is a process of the current environment.
+"""Runs a compiled package on this machine, without a cluster: every task is a process of the current environment, or a
+container (`containers.py`).
 
 kfp.local walks the DAG, hands outputs over and reads the executor outputs. Its SubprocessRunner refuses container
 components, replaces the text "python3" in every argument, and mends neither null nor whole numbers in mappings; a loop
@@ -24,10 +25,10 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import IO, Any, Protocol, TextIO
 
 import kfp
 import yaml
@@ -66,6 +67,43 @@ class RunError(Exception):
     """A run failed. The message names the task, how it ended, and where its log is."""
 
 
+class CannotStartError(Exception):
+    """A task could not be started. Carries the message for its log and the exit code that stands for it."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Execution(Protocol):
+    """One task that was started: a process or a container."""
+
+    def lines(self) -> Iterable[str]:
+        """What it says, until it ends; read in a thread of its own."""
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+
+    def terminate(self) -> None:
+        """Asks it to end."""
+
+    def kill(self) -> None:
+        """Ends it, and whatever it started; nothing happens where that is gone already."""
+
+    def close(self) -> None:
+        """Removes what is left of it."""
+
+
+class Executor(Protocol):
+    """How tasks are executed: which runner kfp.local gets, and what replaces the part of kfp that starts a task."""
+
+    def runner(self, run: "LocalRun", arguments: dict[str, Any]) -> Any:
+        """One of kfp.local's runners."""
+
+    def hook(self, run: "LocalRun") -> tuple[Any, str, Any]:
+        """Module, name in it, and replacement, which calls `run.run_task`."""
+
+
 @dataclass
 class TaskRun:
     """What became of one task: state "running", "done", "failed" or "interrupted"; seconds of wall clock."""
@@ -85,9 +123,17 @@ class LocalRun:
         package: what to run.
         directory: an empty directory for outputs and logs.
         grace_seconds: how long an interrupted stage may take to end by itself.
+        executor: how tasks run; as processes if left out.
     """
 
-    def __init__(self, package: Package, directory: Path, grace_seconds: float = GRACE_SECONDS) -> None:
+    def __init__(
+        self,
+        package: Package,
+        directory: Path,
+        grace_seconds: float = GRACE_SECONDS,
+        executor: Executor | None = None,
+    ) -> None:
+        self.executor = executor or Processes()
         self.package = package
         self.directory = directory
         self.grace_seconds = grace_seconds
@@ -124,10 +170,10 @@ class LocalRun:
             raise KeyboardInterrupt
 
     def _walk(self, arguments: dict[str, Any], kfp_log: IO[str]) -> None:
-        local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(self.directory))
+        local.init(self.executor.runner(self, arguments), pipeline_root=str(self.directory))
         try:
             # Not `load_component_from_file`: it takes component `comp-sapo` for the whole of a pipeline named sapo.
-            spec = json_format.ParseDict(self.package.spec, pipeline_spec_pb2.PipelineSpec())
+            spec = json_format.ParseDict(_without_retries(self.package.spec), pipeline_spec_pb2.PipelineSpec())
             pipeline_orchestrator.run_local_pipeline(spec, arguments)
         except Exception as error:  # kfp raises all sorts; which task failed is known here
             traceback.print_exc(file=kfp_log)
@@ -141,10 +187,13 @@ class LocalRun:
         how = f"failed with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
         return f"task {failed.name} ({failed.title}) {how}; its log: {failed.log}"
 
-    def run_task(self, command: list[str], env_vars: dict[str, str]) -> int:
-        """Runs one task to its end and returns the exit code of its process."""
+    def raise_if_interrupted(self) -> None:
         if self._signals:
             raise KeyboardInterrupt
+
+    def run_task(self, start: Callable[[], Execution]) -> int:
+        """Starts one task, runs it to its end and returns its exit code."""
+        self.raise_if_interrupted()
         if any(task.state == "failed" for task in self.tasks):
             raise RunError("a task failed: nothing else starts")
         name = self.current.name
@@ -152,57 +201,50 @@ class LocalRun:
         self.tasks.append(task)
         place = f"[{len({t.name for t in self.tasks})}/{len(self.plan)}]"
         elapsed = time.monotonic() - self._started
-        self._say(f"{place} {task.name}: {task.title} (after {duration(elapsed)}, log {task.log})")
+        self.say(f"{place} {task.name}: {task.title} (after {duration(elapsed)}, log {task.log})")
         started = time.monotonic()
-        task.exit_code = self._run_process(task, command, env_vars)
-        task.seconds = time.monotonic() - started
-        task.state = "interrupted" if self._signals else "failed" if task.exit_code else "done"
-        if self._signals:
-            raise KeyboardInterrupt
+        try:
+            task.exit_code = self._run_to_the_end(task, start)
+        finally:
+            task.seconds = time.monotonic() - started
+            task.state = "interrupted" if self._signals else "failed" if task.exit_code else "done"
+        self.raise_if_interrupted()
         return task.exit_code
 
-    def _run_process(self, task: TaskRun, command: list[str], env_vars: dict[str, str]) -> int:
-        # Its own session: a terminal's Ctrl-C reaches only us, and the whole tree of a stage can be stopped at once.
+    def _run_to_the_end(self, task: TaskRun, start: Callable[[], Execution]) -> int:
         try:
-            process = subprocess.Popen(
-                [sys.executable if command[0] == "python3" else command[0], *command[1:]],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                encoding="utf-8",
-                errors="replace",
-                env={**STAGE_ENVIRONMENT, **os.environ, "PYTHONUNBUFFERED": "1", **env_vars},
-                start_new_session=True,
-            )
-        except OSError as error:
-            task.log.write_text(f"cannot start {command[0]}: {error.strerror}\n", encoding="utf-8")
-            return 127  # what a shell says of a command it cannot find
-        reader = threading.Thread(target=self._stream, args=(task, process.stdout), daemon=True)
+            execution = start()
+        except CannotStartError as error:
+            task.log.write_text(f"{error}\n", encoding="utf-8")
+            return error.exit_code
+        reader = threading.Thread(target=self._stream, args=(task, execution.lines()), daemon=True)
         reader.start()
-        self._wait(task, process)
-        _signal_group(process.pid, signal.SIGKILL)  # what the stage left behind, as the end of a container would
+        exit_code = self._wait(task, execution)
+        execution.kill()  # what a stage's process left behind, as the end of a container would
         reader.join(timeout=5)
-        return process.returncode
+        execution.close()
+        return exit_code
 
-    def _wait(self, task: TaskRun, process: "subprocess.Popen[str]") -> None:
+    def _wait(self, task: TaskRun, execution: Execution) -> int:
         deadline = None
-        while process.poll() is None:
+        while (exit_code := execution.poll()) is None:
             if self._signals and deadline is None:
                 deadline = time.monotonic() + self.grace_seconds
-                self._say(f"stopping {task.name}; Ctrl-C again, or {duration(self.grace_seconds)}, kills it")
-                _signal_group(process.pid, signal.SIGTERM)
+                self.say(f"stopping {task.name}; Ctrl-C again, or {duration(self.grace_seconds)}, kills it")
+                execution.terminate()
             elif deadline is not None and (self._signals > 1 or time.monotonic() > deadline):
-                _signal_group(process.pid, signal.SIGKILL)
+                execution.kill()
             time.sleep(_POLL_SECONDS)
+        return exit_code
 
-    def _stream(self, task: TaskRun, pipe: IO[str]) -> None:
+    def _stream(self, task: TaskRun, lines: Iterable[str]) -> None:
         with task.log.open("a", encoding="utf-8") as log:
-            for line in pipe:
+            for line in lines:
                 log.write(line)
                 log.flush()
-                self._say(f"[{task.name}] {line.rstrip()}")
+                self.say(f"[{task.name}] {line.rstrip()}")
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
         """Writes a line to the standard output as it was before kfp.local's own was led into a file."""
         with contextlib.suppress(BrokenPipeError):  # `| head` ends the reader, not the run
             self._console.write(text + "\n")
@@ -274,6 +316,16 @@ def loop_task_name(component: str, label: str) -> str:
     return f"{re.sub(r'-[0-9]+$', '', component)}-{label}"
 
 
+class Processes:
+    """Runs every task as a process of this environment."""
+
+    def runner(self, run: LocalRun, arguments: dict[str, Any]) -> local.SubprocessRunner:
+        return local.SubprocessRunner(use_venv=False)
+
+    def hook(self, run: LocalRun) -> tuple[Any, str, Any]:
+        return subprocess_task_handler, "SubprocessTaskHandler", functools.partial(_TaskHandler, run)
+
+
 class _TaskHandler:
     """Stands in for kfp.local's SubprocessTaskHandler, with the arguments and the `run` that kfp.local uses."""
 
@@ -281,8 +333,47 @@ class _TaskHandler:
         self._run, self._command, self._env_vars = run, full_command, env_vars or {}
 
     def run(self) -> status.Status:
-        succeeded = self._run.run_task(self._command, self._env_vars) == 0
+        succeeded = self._run.run_task(lambda: _Process(self._command, self._env_vars)) == 0
         return status.Status.SUCCESS if succeeded else status.Status.FAILURE
+
+
+class _Process:
+    """One task as a process.
+
+    Raises:
+        CannotStartError: there is no such command.
+    """
+
+    def __init__(self, command: list[str], env_vars: dict[str, str]) -> None:
+        # Its own session: a terminal's Ctrl-C reaches only us, and the whole tree of a stage can be stopped at once.
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable if command[0] == "python3" else command[0], *command[1:]],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                encoding="utf-8",
+                errors="replace",
+                env={**STAGE_ENVIRONMENT, **os.environ, "PYTHONUNBUFFERED": "1", **env_vars},
+                start_new_session=True,
+            )
+        except OSError as error:  # 127 is what a shell says of a command it cannot find
+            raise CannotStartError(f"cannot start {command[0]}: {error.strerror}", 127) from error
+
+    def lines(self) -> Iterable[str]:
+        return self._process.stdout or ()
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def terminate(self) -> None:
+        _signal_group(self._process.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        _signal_group(self._process.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """A process leaves nothing behind."""
 
 
 def _naming_hooks(run: LocalRun) -> list[tuple[Any, str, Any]]:
@@ -340,7 +431,7 @@ def _hooked(run: LocalRun) -> Iterator[None]:
     hooks = [
         *_naming_hooks(run),
         (enhanced_dag_orchestrator, "_run_parallel_for_task", _loop_or_nothing_collected()),
-        (subprocess_task_handler, "SubprocessTaskHandler", functools.partial(_TaskHandler, run)),
+        run.executor.hook(run),
         (executor_input_utils, "executor_input_to_dict", lambda *args, **kw: _whole_numbers(to_dict(*args, **kw))),
         (pipeline_spec_builder, "to_protobuf_value", to_protobuf_or_null),
         # The order of a protobuf map differs between processes; with names sorted, every run takes the same order.
@@ -354,6 +445,13 @@ def _hooked(run: LocalRun) -> Iterator[None]:
     finally:
         for module, name, original in originals:
             setattr(module, name, original)
+
+
+def _without_retries(value: Any) -> Any:
+    """A specification whose tasks are tried once: retries, with minutes between them, are for a cluster's nodes."""
+    if isinstance(value, dict):
+        return {key: _without_retries(inner) for key, inner in value.items() if key != "retryPolicy"}
+    return [_without_retries(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _whole_numbers(value: Any) -> Any:

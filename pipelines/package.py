@@ -43,13 +43,14 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Package:
-    """A compiled pipeline: KFP's pipeline spec, and what a run needs of it.
+    """A compiled pipeline: KFP's pipeline spec and platform spec, and what a run needs of them.
 
     `tasks` maps the name of each task that runs something to its display name.
     """
 
     name: str
     spec: dict[str, Any]
+    platform: dict[str, Any]
     parameters: dict[str, Parameter]
     tasks: dict[str, str]
 
@@ -70,15 +71,16 @@ def read_package(name: str) -> Package:
             f"no pipeline {name!r}; there are: {', '.join(package_names()) or 'none'}, or give a package's path"
         )
     try:
-        spec = next(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+        spec, *platform = yaml.safe_load_all(path.read_text(encoding="utf-8"))
         parameters = spec["root"].get("inputDefinitions", {}).get("parameters", {})
         return Package(
             name=spec["pipelineInfo"]["name"],
             spec=spec,
+            platform=platform[0] if platform else {},
             parameters={name: _parameter(declared) for name, declared in parameters.items()},
             tasks=_tasks(spec),
         )
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError, StopIteration) as error:
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path}: not a compiled pipeline; make one with `python -m pipelines compile`") from error
 
 

@@ -1,12 +1,10 @@
-"""The pipeline `sapo`: data -> model -> sft -> SAPO with two losses -> evaluation of all four models -> report."""
-
-from typing import Any
+"""The pipeline `sapo`: preflight -> data -> model -> sft -> SAPO with two losses -> evaluation of all four -> report."""
 
 from kfp import dsl
 
 from pipelines import stages
-
-NO_SETTINGS: dict[str, Any] = {}
+from pipelines.cluster import Machine, on_cluster
+from pipelines.comparison import NO_SETTINGS, NO_TOLERATIONS, check_first
 
 
 @dsl.pipeline(name="sapo", display_name="SAPO: self-augmented preference optimization")
@@ -24,6 +22,15 @@ def sapo(
     evaluation_recipe: str = "held-out-tiny",
     evaluation_settings: dict = NO_SETTINGS,
     report_settings: dict = NO_SETTINGS,
+    gpus: str = "0",
+    gpu_type: str = "nvidia.com/gpu",
+    cpu: str = "2",
+    memory: str = "8Gi",
+    evaluation_gpus: str = "0",
+    evaluation_cpu: str = "2",
+    evaluation_memory: str = "8Gi",
+    node_selector: dict = NO_SETTINGS,
+    tolerations: list = NO_TOLERATIONS,
 ) -> None:
     """Aligns a model by SAPO (arXiv 2405.20830) and compares it with where it came from.
 
@@ -46,15 +53,29 @@ def sapo(
         evaluation_recipe: Recipe of the evaluation, the same for all four models.
         evaluation_settings: Settings laid over the evaluation recipe.
         report_settings: Settings of the report, such as {"title": "My run"}.
+        gpus: GPUs of each training stage, as text; "0" trains on the CPU. Training stages run one at a time.
+        gpu_type: Kubernetes resource that GPUs are counted in, such as nvidia.com/gpu or amd.com/gpu.
+        cpu: CPUs of each training stage, as text, such as "64".
+        memory: Memory of each training stage, /dev/shm included, such as "800Gi".
+        evaluation_gpus: GPUs of each evaluation, as text; "0" evaluates on the CPU.
+        evaluation_cpu: CPUs of each evaluation, as text.
+        evaluation_memory: Memory of each evaluation.
+        node_selector: Nodes that train and evaluate, such as {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}.
+        tolerations: Tolerations of the pods that do, such as [{"key": "nvidia.com/gpu", "operator": "Exists"}].
     """
-    rows = stages.data(recipe=data_recipe, settings=data_settings)
-    rows.set_display_name("Data")
+    trainer = Machine(gpus, gpu_type, cpu, memory, node_selector, tolerations)
+    evaluator = Machine(evaluation_gpus, gpu_type, evaluation_cpu, evaluation_memory, node_selector, tolerations)
+    data = (data_recipe, data_settings)
+    evaluation = (evaluation_recipe, evaluation_settings)
+    checked = check_first([], data, data, (model_recipe, model_settings), evaluation, trainer, evaluator)
+    rows = stages.data(recipe=data_recipe, settings=data_settings).after(checked)
+    on_cluster(rows.set_display_name("Data"), "data")
     conversations = rows.outputs["data"]
 
     base = stages.model(data=conversations, recipe=model_recipe, settings=model_settings)
-    base.set_display_name("Base model")
+    on_cluster(base.set_display_name("Base model"), "model")
     tuned = stages.sft(data=conversations, model=base.outputs["model"], recipe=sft_recipe, settings=sft_settings)
-    tuned.set_display_name("SFT")
+    on_cluster(tuned.set_display_name("SFT"), "sft", trainer)
 
     aligned = {}
     for loss, recipe, settings in (
@@ -64,7 +85,7 @@ def sapo(
         aligned[loss] = stages.sapo(
             data=conversations, model=tuned.outputs["tuned"], name=f"sapo-{loss}", recipe=recipe, settings=settings
         )
-        aligned[loss].set_display_name(f"SAPO ({loss.upper()} loss)")
+        on_cluster(aligned[loss].set_display_name(f"SAPO ({loss.upper()} loss)"), "sapo", trainer)
 
     models = {
         "base": base.outputs["model"],
@@ -77,10 +98,10 @@ def sapo(
         measured = stages.evaluation(
             data=conversations, model=model, name=name, recipe=evaluation_recipe, settings=evaluation_settings
         )
-        measured.set_display_name(f"Evaluation of {name}")
+        on_cluster(measured.set_display_name(f"Evaluation of {name}"), "evaluation", evaluator)
         results[name] = measured.outputs["results"]
 
-    stages.report(
+    reported = stages.report(
         base=results["base"],
         sft=results["sft"],
         sapo_dpo=results["sapo-dpo"],
@@ -89,4 +110,5 @@ def sapo(
         sapo_dpo_training=aligned["dpo"].outputs["training_log"],
         sapo_orpo_training=aligned["orpo"].outputs["training_log"],
         settings=report_settings,
-    ).set_display_name("Report")
+    )
+    on_cluster(reported.set_display_name("Report"), "report")

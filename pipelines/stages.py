@@ -31,6 +31,63 @@ def _list(*artifacts: Artifact) -> str:
 
 
 @dsl.container_component
+def preflight(
+    methods: list,
+    data_recipe: str,
+    data_settings: dict,
+    sft_data_recipe: str,
+    sft_data_settings: dict,
+    model_recipe: str,
+    model_settings: dict,
+    evaluation_recipe: str,
+    evaluation_settings: dict,
+    gpu_type: str,
+    gpus: str,
+    evaluation_gpus: str,
+    checks: Output[Markdown],
+) -> dsl.ContainerSpec:
+    """Checks what a run needs before any GPU is used: recipes, secrets, hub, buckets, judge, volume, queue and GPU quota.
+
+    Args:
+        methods: What the run trains; locations in its settings are checked.
+        data_recipe: Recipe of the data stage.
+        data_settings: Settings laid over it.
+        sft_data_recipe: Recipe of the data for SFT.
+        sft_data_settings: Settings laid over it.
+        model_recipe: Recipe of the model stage.
+        model_settings: Settings laid over it.
+        evaluation_recipe: Recipe of the evaluation.
+        evaluation_settings: Settings laid over it.
+        gpu_type: Kubernetes resource that GPUs are counted in.
+        gpus: GPUs of each training stage.
+        evaluation_gpus: GPUs of each evaluation.
+
+    Returns:
+        checks: What was checked, and how it ended.
+    """
+    flags = {
+        "methods": methods,
+        "data_recipe": data_recipe,
+        "data_settings": data_settings,
+        "sft_data_recipe": sft_data_recipe,
+        "sft_data_settings": sft_data_settings,
+        "model_recipe": model_recipe,
+        "model_settings": model_settings,
+        "evaluation_recipe": evaluation_recipe,
+        "evaluation_settings": evaluation_settings,
+        "gpu_type": gpu_type,
+        "gpus": gpus,
+        "evaluation_gpus": evaluation_gpus,
+    }
+    named = [part for flag, value in flags.items() for part in (f"--{flag}", value)]
+    return dsl.ContainerSpec(
+        image=image("data"),  # small, and the next stage needs it too
+        command=["python3", "-m", "components.preflight"],
+        args=["--executor_input", "{{$}}", *named, "--report_file", checks.path],
+    )
+
+
+@dsl.container_component
 def data(recipe: str, settings: dict, data: Output[Dataset], rejected_rows: Output[Markdown]) -> dsl.ContainerSpec:
     """Reads any source and writes validated conversations, split into train and test.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 def main(argv: list[str]) -> None:
     flags = dict(zip(argv[::2], argv[1::2], strict=True))
-    settings = json.loads(flags["--settings"])
+    settings = json.loads(flags.get("--settings", "{}"))
     print(settings.get("say", "hello"))
     if settings.get("ignore_sigterm"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

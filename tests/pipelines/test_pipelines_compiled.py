@@ -13,6 +13,7 @@ import yaml
 
 from components.common.cli import ConfigParser, find_recipe, read_yaml_mapping
 from components.report.collected import collected_paths
+from pipelines import cluster
 from pipelines.cluster import VERSION
 from pipelines.compilation import PIPELINES, compile_pipelines, drift
 from pipelines.methods import METHOD_LISTS, check_methods
@@ -111,6 +112,79 @@ def test_every_reference_is_declared(name: str) -> None:
     assert [(where, key) for where, key, declared in references if key not in declared] == []
 
 
+def _resource_inputs(spec: dict[str, Any], platform: dict[str, Any]) -> Iterator[tuple[str, str, set[str]]]:
+    """What the machine of each task is read from: the name, and what is declared where the cluster looks it up."""
+    components, executors = spec["components"], spec["deploymentSpec"]["executors"]
+    settings = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    for where, node in {"root": spec["root"], **components}.items():
+        inputs = set(node.get("inputDefinitions", {}).get("parameters", {}))
+        for name, task in node.get("dag", {}).get("tasks", {}).items():
+            label = components[task["componentRef"]["name"]].get("executorLabel")
+            if label is None:
+                continue
+            # Resources are read from what the task is given, platform settings from what the DAG around it has.
+            given = set(task.get("inputs", {}).get("parameters", {}))
+            resources = json.dumps(executors[label]["container"]["resources"])
+            for key in re.findall(r"inputs\.parameters\['(.+?)'\]", resources):
+                yield f"{where}: {name}", key, given
+            for key in re.findall(r'"componentInputParameter": "(.+?)"', json.dumps(settings[label])):
+                yield f"{where}: {name}", key, inputs
+
+
+@pytest.mark.parametrize("name", package_names())
+def test_every_machine_is_read_from_something_declared(name: str) -> None:
+    package = read_package(name)
+    references = list(_resource_inputs(package.spec, package.platform))
+    assert len(references) > 20
+    assert [(where, key) for where, key, declared in references if key not in declared] == []
+    # The cluster reads only text there: a number would arrive as nothing.
+    for key in {key.removeprefix("pipelinechannel--") for _, key, _ in references} - {"node_selector", "tolerations"}:
+        assert package.parameters[key].type == "STRING"
+
+
+@pytest.mark.parametrize("name", package_names())
+def test_every_task_has_command_limits_time_out_retries_and_labels(name: str) -> None:
+    package = read_package(name)
+    executors = package.spec["deploymentSpec"]["executors"]
+    platform = package.platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert platform.keys() == executors.keys()
+    for label, executor in executors.items():
+        container, settings = executor["container"], platform[label]
+        assert container["command"][:2] == ["python3", "-m"] and len(container["command"]) == 3, label
+        assert {"resourceCpuLimit", "resourceMemoryLimit"} <= container["resources"].keys(), label
+        assert "env" not in container  # a local run would get it too
+        assert int(settings["activeDeadlineSeconds"]) > 0
+        assert settings["securityContext"] == {"runAsNonRoot": True}
+        assert settings["podMetadata"]["labels"]["app.kubernetes.io/component"] in label
+        on_gpu = "accelerator" in container["resources"]
+        assert on_gpu == any(stage in label for stage in ("sft", "sapo", "train", "evaluation"))
+        assert on_gpu == any(mount["mountPath"] == "/dev/shm" for mount in settings.get("emptyDirMounts", []))
+        assert on_gpu == ("kueue.x-k8s.io/queue-name" in settings["podMetadata"]["labels"])
+    for node in [package.spec["root"], *package.spec["components"].values()]:
+        for task in node.get("dag", {}).get("tasks", {}).values():
+            component = task["componentRef"]["name"]
+            if "executorLabel" not in package.spec["components"][component]:
+                continue
+            retries = task.get("retryPolicy", {"maxRetryCount": 0})["maxRetryCount"]
+            assert retries == (0 if component == "comp-preflight" else 2)
+            cached = task.get("cachingOptions", {}).get("enableCache", False)
+            assert cached == component.startswith(("comp-data", "comp-model")), component
+
+
+@pytest.mark.parametrize("name", package_names())
+def test_everything_waits_for_the_preflight(name: str) -> None:
+    tasks = read_package(name).spec["root"]["dag"]["tasks"]
+    assert "dependentTasks" not in tasks["preflight"]
+    assert [task for task in tasks if task != "preflight" and not tasks[task].get("dependentTasks")] == []
+    assert tasks["data"]["dependentTasks"] == ["preflight"]
+
+
+def test_the_preflight_looks_for_what_the_pods_use() -> None:
+    from components.preflight import namespace
+
+    assert (namespace.CACHE_CLAIM, namespace.QUEUE) == (cluster.CACHE_CLAIM, cluster.QUEUE)
+
+
 def test_version_of_images_is_the_version_of_the_distribution() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     assert project["version"] == VERSION
@@ -156,16 +230,16 @@ _SAMPLER = {"spin": {"sampler": "hf"}}
 
 def _parser_of(stage: str) -> ConfigParser:
     from components.common.preference import DPOSettings, ORPOSettings
-    from components.common.preference_stage import PreferenceStageConfig
+    from components.common.resume import ResumableStageConfig
     from components.common.training import HIDDEN, TrainingStageConfig
-    from components.sapo.config import SAPOConfig, SAPOStageConfig
+    from components.sapo.config import SAPOConfig
     from components.sft.config import SFTSettings
     from components.spin.config import SPINSettings, SPINStageConfig
 
     classes: dict[str, list[type]] = {
-        "sapo": [SAPOStageConfig, SAPOConfig],
-        "dpo": [PreferenceStageConfig, DPOSettings],
-        "orpo": [PreferenceStageConfig, ORPOSettings],
+        "sapo": [ResumableStageConfig, SAPOConfig],
+        "dpo": [ResumableStageConfig, DPOSettings],
+        "orpo": [ResumableStageConfig, ORPOSettings],
         "spin": [SPINStageConfig, SPINSettings],
         "sft": [TrainingStageConfig, SFTSettings],
     }
@@ -189,13 +263,14 @@ def test_ablation_has_every_group_and_the_paper_rows_are_names_of_variants() -> 
     assert read_package("ablation").parameters["variants"].default == tiny
     names = {entry["name"] for entry in paper}
     tables = yaml.safe_load((REPOSITORY / "components" / "report" / "paper.yaml").read_text())
-    assert [row["label"] for table in tables for row in table["rows"] if not names & set(row["runs"])] == []
+    ablations = [table for table in tables if "metrics" not in table]  # the others are of the comparison
+    assert [row["label"] for table in ablations for row in table["rows"] if not names & set(row["runs"])] == []
 
 
 @pytest.fixture
 def fake_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory whose `components` package holds fake stages; `python -m` finds it first."""
-    for stage in ("data", "model", "sft", "sapo", "dpo", "orpo", "spin", "evaluation", "report"):
+    for stage in ("preflight", "data", "model", "sft", "sapo", "dpo", "orpo", "spin", "evaluation", "report"):
         folder = tmp_path / "components" / stage
         folder.mkdir(parents=True)
         shutil.copy(Path(__file__).parent / "fake_stage.py", folder / "__main__.py")
@@ -209,8 +284,10 @@ def test_sapo_wires_the_stages_as_meant(fake_stages: Path, run_cli: Cli) -> None
     tiny = REPOSITORY / "pipelines" / "runs" / "sapo-tiny.yaml"
     code, out, err = run_cli("run", "sapo", "--run", tiny, *settings, "--output", "out")
     assert (code, err) == (0, "")
-    order = re.findall(r"^\[\d+/10\] (\S+):", out, re.M)
-    assert " ".join(order) == ("data model evaluation sft evaluation-2 sapo evaluation-3 sapo-2 evaluation-4 report")
+    order = re.findall(r"^\[\d+/11\] (\S+):", out, re.M)
+    assert " ".join(order) == (
+        "preflight data model evaluation sft evaluation-2 sapo evaluation-3 sapo-2 evaluation-4 report"
+    )
     root = Path.cwd() / "out" / "outputs"
     flags = {path.relative_to(root).as_posix(): json.loads(path.read_text()) for path in root.glob("*/*/flags.json")}
     for given in flags.values():
@@ -261,9 +338,9 @@ def _flags(task: str, artifact: str) -> dict[str, str]:
 def test_every_method_is_trained_evaluated_and_reported(fake_stages: Path, run_cli: Cli, pipeline: str) -> None:
     code, out, err = _run_comparison(run_cli, METHODS, pipeline=pipeline)
     assert (code, err) == (0, "")
-    first = ["data", "model", "evaluation", "data-2", "sft", "evaluation-2"]
+    first = ["preflight", "data", "model", "evaluation", "data-2", "sft", "evaluation-2"]
     loop = [f"{task}-{name}" for name in "abc" for task in ("train", "evaluation")]
-    assert re.findall(r"^\[\d+/13\] (\S+):", out, re.M) == [*first, *loop, "comparison-report"]
+    assert re.findall(r"^\[\d+/14\] (\S+):", out, re.M) == [*first, *loop, "comparison-report"]
     assert "train-b: Training of b (" in out and "[train-b] hello" in out
     root = Path.cwd() / "out" / "outputs"
     for method in METHODS:
@@ -315,7 +392,7 @@ def test_a_method_left_out_is_not_run_and_not_reported(
     code, out, err = _run_comparison(run_cli, methods, *only)
     assert (code, err) == (0, "")
     assert re.findall(r"^\[\d+/\d+\] train-(\S+):", out, re.M) == names
-    assert out.startswith(f"pipeline comparison: {7 + 2 * len(names)} tasks")
+    assert out.startswith(f"pipeline comparison: {8 + 2 * len(names)} tasks")
     assert yaml.safe_load((Path.cwd() / "out" / "arguments.yaml").read_text())["methods"] == [
         method for method in METHODS if method["name"] in names
     ]
@@ -329,7 +406,7 @@ def test_a_training_that_fails_ends_the_run(fake_stages: Path, run_cli: Cli) -> 
     assert (
         err == "pipelines: error: task train-b (Training of b) failed with exit code 3; its log: out/logs/train-b.log\n"
     )
-    ran = re.findall(r"^\[\d+/13\] (\S+):", out, re.M)
+    ran = re.findall(r"^\[\d+/14\] (\S+):", out, re.M)
     assert ran[-1] == "train-b"  # neither c nor the report started
     not_run = re.findall(r"^(\S+) .* not run$", out, re.M)
     assert sorted(not_run) == ["comparison-report", "evaluation-b", "evaluation-c", "train-c"]

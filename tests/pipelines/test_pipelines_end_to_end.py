@@ -12,6 +12,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 TASKS = [
+    "preflight",
     "data",
     "model",
     "sft",
@@ -97,12 +98,12 @@ def rows_of(markdown: str, heading: str) -> list[str]:
 @pytest.mark.slow
 def test_a_comparison_trains_evaluates_and_reports_every_method(compared):
     output, said = compared
-    ran = re.findall(r"^\[\d+/19\] (\S+):", said, re.M)
+    ran = re.findall(r"^\[\d+/20\] (\S+):", said, re.M)
     names = [method["name"] for method in METHODS]
     first = ["data", "data-2", "model", "sft", "evaluation", "evaluation-2"]
     loop = [f"{task}-{name}" for name in names for task in ("train", "evaluation")]
-    assert sorted(ran[:6]) == sorted(first)
-    assert ran[6:] == [*loop, "comparison-report"]
+    assert (ran[0], sorted(ran[1:7])) == ("preflight", sorted(first))
+    assert ran[7:] == [*loop, "comparison-report"]
     markdown = (output / "outputs" / "comparison-report" / "report" / "report.md").read_text()
     assert rows_of(markdown, "Results")[:8] == ["base", "sft", *names]
     assert rows_of(markdown, "Training") == ["sft", *names]
@@ -130,7 +131,7 @@ def test_each_method_ran_its_stage_from_its_start_with_its_settings(compared):
 @pytest.mark.slow
 def test_an_ablation_stands_beside_the_paper(ablated):
     output, said = ablated
-    assert len(re.findall(r"^\[\d+/11\] ", said, re.M)) == 11
+    assert len(re.findall(r"^\[\d+/12\] ", said, re.M)) == 12
     markdown = (output / "outputs" / "comparison-report" / "report" / "report.md").read_text()
     assert rows_of(markdown, "Results")[:4] == ["base", "sft", "on-policy", "sft-chosen"]
     assert "dpo" not in rows_of(markdown, "Training")
@@ -142,9 +143,9 @@ def test_an_ablation_stands_beside_the_paper(ablated):
 @pytest.mark.slow
 def test_every_task_ran_once_in_an_order_that_fits(finished):
     output, said = finished
-    ran = [line.split()[1].rstrip(":") for line in said.splitlines() if line.startswith("[") and "/10] " in line]
+    ran = [line.split()[1].rstrip(":") for line in said.splitlines() if line.startswith("[") and "/11] " in line]
     assert sorted(ran) == sorted(TASKS)
-    assert [ran.index(task) for task in ("data", "model", "sft")] == [0, 1, ran.index("sft")]
+    assert ran[:3] == ["preflight", "data", "model"]
     assert ran.index("sft") < min(ran.index("sapo"), ran.index("sapo-2"))
     assert ran[-1] == "report"
     assert sorted(path.stem for path in (output / "logs").glob("*.log")) == sorted([*TASKS, "kfp"])

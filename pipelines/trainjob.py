@@ -1,0 +1,111 @@
+"""One method of a run as a TrainJob of Kubeflow Trainer: the same stage on N nodes, for a model that outgrows one.
+
+Not a task of the pipeline: Kubeflow Pipelines runs a task in one pod. Data, model and output are locations in an object
+store, because the nodes share no disk. The method's recipe and settings, the machine and the image are those of the run.
+"""
+
+import json
+from typing import Any
+
+from components.common.errors import UserError
+from pipelines import cluster
+from pipelines.package import Package
+
+RUNTIME = "torch-distributed"  # a ClusterTrainingRuntime that comes with Kubeflow Trainer; it tells torchrun its peers
+# From SIGTERM to SIGKILL: finish the step, save, and send the checkpoint to the store. Kubeflow Pipelines cannot set this.
+GRACE_SECONDS = 900
+PART_OF = {"app.kubernetes.io/part-of": "sapo-pipelines"}  # the network policy lets such pods reach each other
+
+
+def train_job(
+    package: Package, arguments: dict[str, Any], method: str, nodes: int, data: str, model: str, output: str
+) -> dict[str, Any]:
+    """The TrainJob (trainer.kubeflow.org/v1alpha1) that trains one method on `nodes` machines of the run.
+
+    Args:
+        package: `comparison` or `ablation`.
+        arguments: of the run, checked; what is left out has the package's default.
+        method: name of an entry of its list of methods.
+        nodes: how many pods, each with all the GPUs of a training stage.
+        data, model, output: where the data stage's output is, the model to start from, and where the result goes.
+
+    Raises:
+        UserError: no such method, or a location that other nodes cannot reach.
+    """
+    values = {name: arguments.get(name, parameter.default) for name, parameter in package.parameters.items()}
+    entry = _method(package, values, method)
+    for name, location in (("data", data), ("model", model), ("output", output)):
+        if "://" not in location:
+            raise UserError(f"--{name} {location}: nodes share no disk; give an s3:// location")
+    if nodes < 1:
+        raise UserError(f"--nodes {nodes}: must be 1 or more")
+    locations = ["--data", data, "--model", model, "--output", output]
+    settings = ["--config", entry["recipe"], "--settings", json.dumps(entry["settings"])]
+    labels = {**PART_OF, "kueue.x-k8s.io/queue-name": cluster.QUEUE}
+    return {
+        "apiVersion": "trainer.kubeflow.org/v1alpha1",
+        "kind": "TrainJob",
+        "metadata": {"generateName": f"{method.lower().replace('_', '-').replace('.', '-')}-", "labels": labels},
+        "spec": {
+            "runtimeRef": {"apiGroup": "trainer.kubeflow.org", "kind": "ClusterTrainingRuntime", "name": RUNTIME},
+            "activeDeadlineSeconds": cluster.NEEDS["train"].hours * 3600,
+            "trainer": {
+                "image": cluster.image("train"),
+                "command": ["torchrun", "-m", f"components.{entry['stage']}"],
+                "args": ["--name", method, *settings, *locations],
+                "numNodes": nodes,
+                "numProcPerNode": max(int(values["gpus"]), 1),
+                "resourcesPerNode": {"limits": _limits(values)},
+                "env": _environment(),
+            },
+            "runtimePatches": [{"manager": "sapo-pipelines/trainjob", "trainingRuntimeSpec": _pods(values)}],
+        },
+    }
+
+
+def _method(package: Package, values: dict[str, Any], name: str) -> dict[str, Any]:
+    methods = values.get("methods") or values.get("variants")
+    if methods is None:
+        raise UserError(f"pipeline {package.name} has no list of methods; take comparison or ablation")
+    for entry in methods:
+        if entry["name"] == name:
+            return entry
+    raise UserError(f"--method {name}: the run has {', '.join(entry['name'] for entry in methods) or 'none'}")
+
+
+def _limits(values: dict[str, Any]) -> dict[str, str]:
+    gpus = {values["gpu_type"]: values["gpus"]} if int(values["gpus"]) else {}
+    return {"cpu": values["cpu"], "memory": values["memory"], **gpus}
+
+
+def _environment() -> list[dict[str, Any]]:
+    """The same secrets as in a pod of the pipeline, and time to save."""
+    sources = [("secretKeyRef", *cluster.SECRETS[secret]) for secret in cluster.NEEDS["train"].secrets]
+    sources.append(("configMapKeyRef", *cluster.STORE))
+    # torchrun passes SIGTERM on, and by itself kills its processes 30 seconds later.
+    patience = {"name": "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "value": str(GRACE_SECONDS - 60)}
+    return [patience] + [
+        {"name": variable, "valueFrom": {kind: {"name": name, "key": key, "optional": True}}}
+        for kind, name, keys in sources
+        for key, variable in keys.items()
+    ]
+
+
+def _pods(values: dict[str, Any]) -> dict[str, Any]:
+    """What the pods have besides the container: the patch of the runtime's replicated job `node`."""
+    volumes = [
+        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": cluster.SHARED_MEMORY}},
+        {"name": "cache", "persistentVolumeClaim": {"claimName": cluster.CACHE_CLAIM}},
+    ]
+    mounts = [{"name": "shm", "mountPath": "/dev/shm"}, {"name": "cache", "mountPath": cluster.CACHE}]
+    pod = {
+        "serviceAccountName": cluster.SERVICE_ACCOUNT,
+        "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "nodeSelector": values["node_selector"],
+        "tolerations": values["tolerations"],
+        "securityContext": {"runAsNonRoot": True, "fsGroup": 1000},
+        "volumes": volumes,
+        "containers": [{"name": "node", "volumeMounts": mounts}],
+    }
+    job = {"name": "node", "template": {"spec": {"template": {"metadata": {"labels": PART_OF}, "spec": pod}}}}
+    return {"template": {"spec": {"replicatedJobs": [job]}}}
