@@ -1,5 +1,6 @@
 """Loading what the model stage (or a training stage) wrote. Needs torch and transformers."""
 
+import hashlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -89,3 +90,16 @@ def stop_ids(model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase) -
     configured = config.eos_token_id if config is not None else None
     listed = configured if isinstance(configured, list) else [configured]
     return frozenset(int(i) for i in [tokenizer.eos_token_id, *listed] if i is not None)
+
+
+def model_digest(model: Path, piece: int = 2**20) -> str:
+    """Tells models apart by their configuration and, of each file of weights, its size and its two ends."""
+    digest = hashlib.sha256((model / "config.json").read_bytes())
+    for path in sorted(model.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(piece))
+            file.seek(max(0, size - piece))
+            digest.update(file.read(piece))
+    return digest.hexdigest()

@@ -1,9 +1,12 @@
-"""evaluation: scores a model with lm-eval on the held-out split.
+"""evaluation: scores a model on the benchmarks of the paper, and on the held-out split of the data stage.
 
-Chooses the true next reply among four (accuracy), and measures the perplexity of the true replies per token and per
-byte. Runs offline on a Hugging Face directory.
+held_out      the true next reply among four, and the perplexity of the true replies; offline
+leaderboard   Open LLM Leaderboard v1 through lm-eval: ARC-Challenge, HellaSwag, MMLU, TruthfulQA, WinoGrande, GSM8K
+ifeval        instructions that a program can check
+mt_bench      two-turn questions, answers graded by a judge behind an OpenAI-compatible endpoint
+alpaca_eval   AlpacaEval 2.0: win rates against GPT-4's answers, by a judge
 
-    python -m components.evaluation --data runs/data --model runs/sft --output runs/evaluation-sft
+python -m components.evaluation --data runs/data --model runs/sft --output runs/evaluation-sft
 """
 
 import dataclasses
@@ -12,12 +15,14 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from components.common.cli import ConfigParser, check_output, prepare_output, run_stage
-from components.common.conversations import read_rows
+from components.common.errors import UserError
 from components.common.kfp_outputs import publish
+from components.evaluation import results
+from components.evaluation.benchmarks import Context, Outcome, load_benchmark
 from components.evaluation.config import EvaluationConfig
+from components.evaluation.provenance import digests
 
 logger = logging.getLogger(__name__)
 
@@ -29,51 +34,59 @@ def main(argv: Sequence[str]) -> None:
         return
     (config,) = parser.parse(argv)
     started = time.monotonic()
-    check_output(config.output, config.overwrite)
-    rows, train = read_rows(config.data, "test"), read_rows(config.data, "train")
+    _check_output(config)
+    if config.benchmarks == ("held_out",):  # needs no hub; the libraries read these when they are imported
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
-    os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # read when the libraries are imported
-    import torch
+    from components.evaluation.harness import pick_device
 
-    from components.common.models import load_model, load_tokenizer
-    from components.evaluation import harness
-    from components.evaluation.baselines import baselines
-    from components.evaluation.held_out import CHOICES
-    from components.evaluation.results import flat_metrics, metrics, samples, table, versions, write
-
-    tokenizer, max_length = load_tokenizer(config.model), harness.window(config)
-    device, dtype = harness.pick_device(config)
-    documents, counts = harness.make_documents(rows, tokenizer, max_length, config)
-    name = config.name or Path(config.model).resolve().name
-    logger.info("%s: %s; window %s tokens, %s on %s", name, counts, max_length, dtype, device)
+    device, dtype = pick_device(config)
+    plans = {name: load_benchmark(name).check(name, config) for name in config.benchmarks}
+    for name, plan in plans.items():
+        logger.info("%s: %s; %s on %s", name, plan, dtype, device)
     if config.dry_run:
-        print(f"plan: score {len(documents)} rows x {CHOICES} replies with {config.model}; writes {config.output}")
+        print("\n".join(f"plan: {name}: {plan}" for name, plan in plans.items()) + f"\nwrites {config.output}")
         return
 
-    output = prepare_output(config.output, config.overwrite)
-    # The mask that shares a prompt among replies is a boolean one, which "sdpa" takes.
-    model = load_model(config.model, dtype, attn_implementation="sdpa").eval()
-    model.to(torch.device(device))
-    outcome = harness.run_harness(documents, model, tokenizer, config.batch_size, max_length)
-    results = {
-        "schema": 1,
-        "name": name,
-        "results": metrics(outcome),
-        "baselines": baselines(train, documents, tokenizer),
-        "settings": _settings(config) | {"device": device, "dtype": dtype, "max_length": max_length},
-        "counts": counts,
-        "tokens": harness.token_facts(tokenizer, documents),
-        "versions": versions(),
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    write(output, results, samples(outcome))
-    print(table(results))
-    publish(config.executor_input, {"metrics": flat_metrics(results), "results": {"name": name}})
+    output = Path(config.output) if config.resume else prepare_output(config.output, config.overwrite)
+    output.mkdir(parents=True, exist_ok=True)
+    results.start(output, config)
+    name = config.name or Path(config.model).resolve().name
+    outcomes = run_benchmarks(config, Context(name, output, device, dtype))
+    settings = config.recorded() | {"device": device, "dtype": dtype}
+    content = results.assemble(name, outcomes, settings, digests(config), time.monotonic() - started)
+    results.write_json(output / "results.json", content)  # last: its presence says that the evaluation is whole
+    print(results.table(content))
+    publish(config.executor_input, {"metrics": results.flat_metrics(content), "results": {"name": name}})
 
 
-def _settings(config: EvaluationConfig) -> dict[str, Any]:
-    hidden = ("overwrite", "dry_run", "executor_input")
-    return {key: value for key, value in dataclasses.asdict(config).items() if key not in hidden}
+def run_benchmarks(config: EvaluationConfig, context: Context) -> dict[str, tuple[Outcome, float]]:
+    """Each benchmark's outcome and wall-clock in seconds; those that an earlier run finished are read."""
+    outcomes = {}
+    try:
+        for name in config.benchmarks:
+            folder = context.folder / name
+            folder.mkdir(exist_ok=True)
+            found = results.finished_outcome(folder)
+            if found is None:
+                began = time.monotonic()
+                outcome = load_benchmark(name).run(name, config, dataclasses.replace(context, folder=folder))
+                found = outcome, time.monotonic() - began
+                results.save_outcome(folder, *found)
+                logger.info("%s: done in %.1f s", name, found[1])
+            outcomes[name] = found
+    finally:
+        context.free()
+    return outcomes
+
+
+def _check_output(config: EvaluationConfig) -> None:
+    if not config.resume:
+        check_output(config.output, config.overwrite)
+    elif Path(config.output).exists() and not Path(config.output).is_dir():
+        raise UserError(f"--output {config.output}: is a file; give a directory")
+    else:
+        results.check_resumable(config)
 
 
 if __name__ == "__main__":

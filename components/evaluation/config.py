@@ -1,25 +1,41 @@
 """Settings of the evaluation stage."""
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from components.common.cli import REQUIRED, StageConfig, setting
+from components.evaluation.benchmarks import LEADERBOARD, MODULES
+from components.evaluation.judged_config import JudgedConfig
 
-BENCHMARKS = ("held_out",)
+# Settings that say where things go or how fast they go; a resumed run may change them.
+STAGE = {field.name for field in dataclasses.fields(StageConfig)}
+FREE = STAGE | {"resume", "name", "benchmarks", "device", "batch_size", "gpu_memory_utilization"}
+FREE |= {"judge_base_url", "judge_key_variable", "judge_concurrency", "judge_retries", "judge_timeout", "judge_prices"}
+HIDDEN = STAGE - {"output"} | {"resume"}
 
 
 @dataclass(kw_only=True)
-class EvaluationConfig(StageConfig):
+class EvaluationConfig(JudgedConfig, StageConfig):
     """Settings of the evaluation stage."""
 
-    data: str = setting(
-        REQUIRED, "Output of the data stage: test.jsonl is scored, train.jsonl makes the unigram baseline."
-    )
     model: str = setting(REQUIRED, "Hugging Face directory to score (output of model, sft or sapo).")
+    data: str | None = setting(
+        None, "Output of the data stage, for held_out: test.jsonl is scored, train.jsonl makes the unigram baseline."
+    )
     name: str | None = setting(None, "What the report calls this model; none: the name of its directory.")
-    benchmarks: tuple[str, ...] = setting(("held_out",), f"What to run; known: {', '.join(BENCHMARKS)}.")
-    limit: int | None = setting(None, "Score this many rows of the test split, its first ones; none: all.")
-    batch_size: int = setting(8, "Prompts per forward pass, each with its four replies.")
+    benchmarks: tuple[str, ...] = setting(
+        ("held_out",),
+        f"What to run: {', '.join(MODULES)}; `leaderboard` is {', '.join(LEADERBOARD)}.",
+        "leaderboard, ifeval, mt_bench, alpaca_eval",
+    )
+    limit: int | None = setting(
+        None, "Use this many documents of each benchmark (of each MMLU subject), its first ones; none: all.", "all"
+    )
+    engine: Literal["hf", "vllm"] = setting(
+        "hf", "What computes answers: Hugging Face transformers, or vLLM. held_out always takes transformers."
+    )
+    batch_size: int = setting(8, "Prompts per forward pass; those of held_out have four replies each.")
     max_length: int | None = setting(
         None, "Window in tokens, never more than the model's own; longer prompts keep their end. None: the model's own."
     )
@@ -27,13 +43,58 @@ class EvaluationConfig(StageConfig):
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "Type of the weights; `auto`: float32 on the CPU, bfloat16 on a GPU. Log-probabilities are float32."
     )
-    seed: int = setting(42, "Seed of the choice and order of wrong replies; models compare under equal seeds only.")
+    gpu_memory_utilization: float = setting(0.85, "Share of a GPU's memory that vLLM takes. No effect on the CPU.")
+    tensor_parallel_size: int = setting(1, "GPUs that share the model in vLLM.")
+    apply_chat_template: bool | None = setting(
+        None,
+        "Render the prompts of the leaderboard and IFEval with the chat template; none: IFEval's only, as the "
+        "leaderboard (v1) did.",
+    )
+    fewshot_as_multiturn: bool = setting(
+        True, "With the chat template, examples are earlier turns of the conversation; else part of the question."
+    )
+    task_path: str | None = setting(
+        None, "Directory of lm-eval task YAMLs that replace the package's tasks of the same name."
+    )
+    task_data: str | None = setting(
+        None, "Directory with copies of the tasks' data sets, as owner/name; none: the hub, or its cache."
+    )
+    nltk_data: str = setting(
+        "pypi://llama-index-core",
+        "Where IFEval finds NLTK's punkt_tab if NLTK does not: a directory, or a package that carries it.",
+    )
+    seed: int = setting(
+        42, "Seed of held_out's wrong replies and of sampled answers; models compare under equal seeds only."
+    )
+    resume: bool = setting(
+        False, "Go on in an output directory that an interrupted run left: finished benchmarks and answers are kept."
+    )
 
     def __post_init__(self) -> None:
-        for name in ("limit", "batch_size", "max_length"):
+        for name in ("limit", "batch_size", "max_length", "tensor_parallel_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} = {value}: must be at least 1")
-        unknown = [name for name in self.benchmarks if name not in BENCHMARKS]
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization = {self.gpu_memory_utilization}: must be above 0 and at most 1")
+        if self.overwrite and self.resume:
+            raise ValueError("overwrite = True and resume = True: choose one")
+        self.benchmarks = self._expanded()
+        self.check_judged()
+
+    def _expanded(self) -> tuple[str, ...]:
+        """The benchmarks, each once, with `leaderboard` spelled out."""
+        unknown = [name for name in self.benchmarks if name not in (*MODULES, "leaderboard")]
         if unknown or not self.benchmarks:
-            raise ValueError(f"benchmarks = {list(self.benchmarks)}: must be a list of {', '.join(BENCHMARKS)}")
+            allowed = ", ".join((*MODULES, "leaderboard"))
+            raise ValueError(f"benchmarks = {list(self.benchmarks)}: must be a list of {allowed}")
+        spelled = [LEADERBOARD if name == "leaderboard" else (name,) for name in self.benchmarks]
+        return tuple(dict.fromkeys(name for names in spelled for name in names))
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings as results.json lists them."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key not in HIDDEN}
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that a resumed run must share."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key not in FREE}

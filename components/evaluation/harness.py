@@ -1,6 +1,7 @@
-"""Runs lm-eval on a local model with the tokens of training."""
+"""The held-out benchmark: runs lm-eval on a local model with the tokens of training."""
 
 import contextlib
+import functools
 import io
 import logging
 from itertools import groupby
@@ -15,12 +16,15 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from components.common.chat_templates import encode_response
-from components.common.conversations import Row
+from components.common.conversations import Row, read_rows
 from components.common.errors import UserError
-from components.common.models import load_config
+from components.common.models import load_config, load_tokenizer
 from components.common.progress import progress
+from components.evaluation.baselines import baselines
+from components.evaluation.benchmarks import Context, Outcome
 from components.evaluation.config import EvaluationConfig
-from components.evaluation.held_out import CHOICES, add_texts, choose_replies, reply, task_config
+from components.evaluation.held_out import CHOICES, add_texts, choose_replies, metrics, reply, samples, task_config
+from components.evaluation.results import write_lines
 
 Tree = tuple[list[int], list[list[int]]]  # ids of a context, and of the replies to it
 PADDING = -1
@@ -129,6 +133,33 @@ def _context_ids(tokenizer: PreTrainedTokenizerBase, context: str) -> list[int]:
     return tokenizer(context, add_special_tokens=False)["input_ids"]
 
 
+def check(name: str, config: EvaluationConfig) -> str:
+    """Reads the data and the tokenizer and makes the documents."""
+    if config.data is None:
+        raise UserError(f"--data is required by the benchmark {name}: the output of the data stage")
+    documents, counts = _documents(config.data, config.model, window(config), config.limit, config.seed)
+    read_rows(config.data, "train")
+    return f"score {len(documents)} rows x {CHOICES} replies with {config.model}; {counts}"
+
+
+def run(name: str, config: EvaluationConfig, context: Context) -> Outcome:
+    """Scores the documents and writes samples.jsonl."""
+    data, tokenizer, max_length = config.data or "", load_tokenizer(config.model), window(config)
+    documents, counts = _documents(data, config.model, max_length, config.limit, config.seed)
+    outcome = run_harness(documents, context.model(config.model), tokenizer, config.batch_size, max_length)
+    write_lines(context.folder / "samples.jsonl", samples(outcome))
+    details = {"counts": counts, "tokens": token_facts(tokenizer, documents), "window": max_length}
+    return Outcome(metrics(outcome), details, {}, baselines(read_rows(data, "train"), documents, tokenizer))
+
+
+@functools.lru_cache(maxsize=1)
+def _documents(
+    data: str, model: str, max_length: int, limit: int | None, seed: int
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """`check` and `run` need the same documents, and tokenising all replies takes a while."""
+    return make_documents(read_rows(data, "test"), load_tokenizer(model), max_length, limit, seed)
+
+
 def window(config: EvaluationConfig) -> int:
     """Tokens that fit a prompt and a reply.
 
@@ -152,7 +183,7 @@ def pick_device(config: EvaluationConfig) -> tuple[str, str]:
 
 
 def make_documents(
-    rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, config: EvaluationConfig
+    rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, limit: int | None, seed: int
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """The documents of the test split's rows, and how many there are, lost the start of a prompt, or do not fit.
 
@@ -162,7 +193,7 @@ def make_documents(
     fitting = fitting_rows(rows, tokenizer, max_length)
     if not fitting:
         raise UserError(f"no reply of test.jsonl fits in {max_length} tokens; raise --max_length")
-    documents = add_texts(choose_replies(fitting, config.limit, config.seed), tokenizer)
+    documents = add_texts(choose_replies(fitting, limit, seed), tokenizer)
     counts = {
         "rows": len(documents),
         "truncated_prompts": count_truncated(documents, tokenizer, max_length),

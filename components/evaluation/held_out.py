@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from components.common.conversations import Row
 from components.common.errors import UserError
+from components.evaluation.benchmarks import Metric
+from components.evaluation.standard_errors import influence_stderr, influences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -160,7 +162,7 @@ def picked(choices: list[str], answers: list[tuple[float, bool]]) -> int:
 
 
 def perplexity_stderr(pairs: list[tuple[float, int]]) -> float | None:
-    """Standard error of exp(-sum(ll) / sum(size)) over documents, by the delta method for a ratio of sums.
+    """Standard error of exp(-sum(ll) / sum(size)) over documents, by the delta method.
 
     Args:
         pairs: per document its log-likelihood (nats) and size (tokens or bytes).
@@ -168,9 +170,48 @@ def perplexity_stderr(pairs: list[tuple[float, int]]) -> float | None:
     Returns:
         None for a single document.
     """
-    if len(pairs) < 2:
-        return None
-    size = sum(n for _, n in pairs)
-    mean = -sum(ll for ll, _ in pairs) / size
-    squares = sum((-ll - mean * n) ** 2 for ll, n in pairs)
-    return math.exp(mean) * math.sqrt(len(pairs) / (len(pairs) - 1) * squares) / size
+    stderr = influence_stderr(influences(pairs))
+    return None if stderr is None else math.exp(-sum(ll for ll, _ in pairs) / sum(n for _, n in pairs)) * stderr
+
+
+def metrics(outcome: dict[str, Any]) -> list[Metric]:
+    """The metrics of lm-eval's outcome with their standard errors: its own for means, ours for perplexities."""
+    values, documents = outcome["results"][TASK], outcome["samples"][TASK]
+    entries: list[Metric] = []
+    for name, (higher_is_better, description) in METRICS.items():
+        stderr = values[f"{name}_stderr,none"]
+        if name.startswith("perplexity"):
+            stderr = perplexity_stderr([document[name] for document in documents])
+        entries.append(
+            {
+                "benchmark": TASK,
+                "metric": name,
+                "value": values[f"{name},none"],
+                "stderr": None if stderr == "N/A" else stderr,  # a single document has none
+                "interval": None,
+                "n": len(documents),
+                "higher_is_better": higher_is_better,
+                "description": description,
+            }
+        )
+    return entries
+
+
+def samples(outcome: dict[str, Any]) -> list[dict[str, Any]]:
+    """One entry per document, in the order of the test split; log-likelihoods are in nats."""
+    entries = []
+    for sample in outcome["samples"][TASK]:
+        document, answers = sample["doc"], sample["filtered_resps"]
+        entries.append(
+            {
+                "id": document["id"],
+                "true_choice": document["target"],
+                "picked_choice": picked(document["choices"], answers),
+                "log_likelihoods": [log_likelihood for log_likelihood, _ in answers],
+                "nll": -answers[document["target"]][0],
+                "n_tokens": document["n_tokens"],
+                "n_bytes": document["n_bytes"],
+                "choices": document["choices"],
+            }
+        )
+    return entries

@@ -1,79 +1,153 @@
-"""From lm-eval's output to results.json, samples.jsonl and the table on stdout."""
+"""results.json: its schema, the averages over benchmarks, and the table on stdout.
 
+One file per model and set of benchmarks:
+
+    {"schema": 2, "name": ..., "results": [Metric, ...], "baselines": [...],
+     "benchmarks": {benchmark: {"seconds": ..., "details": {...}}},
+     "settings": {...}, "provenance": {digests}, "versions": {...}, "seconds": ...}
+"""
+
+import dataclasses
 import importlib.metadata
 import json
+import math
 from pathlib import Path
 from typing import Any
 
-from components.evaluation.held_out import METRICS, TASK, perplexity_stderr, picked
+from components.common.errors import UserError
+from components.evaluation.benchmarks import HEADLINES, Metric, Outcome
+from components.evaluation.config import EvaluationConfig
+
+SCHEMA = 2
+OUTCOME = "outcome.json"
+SETTINGS = "settings.json"
 
 
-def metrics(outcome: dict[str, Any]) -> list[dict[str, Any]]:
-    """The metrics of the held-out task with their standard errors: lm-eval's for means, our own for perplexities."""
-    values, samples = outcome["results"][TASK], outcome["samples"][TASK]
-    entries = []
-    for metric, (higher_is_better, description) in METRICS.items():
-        stderr = values[f"{metric}_stderr,none"]
-        if metric.startswith("perplexity"):
-            stderr = perplexity_stderr([sample[metric] for sample in samples])
-        entries.append(
-            {
-                "benchmark": TASK,
-                "metric": metric,
-                "value": values[f"{metric},none"],
-                "stderr": None if stderr == "N/A" else stderr,  # a single document has none
-                "n": len(samples),
-                "higher_is_better": higher_is_better,
-                "description": description,
-            }
+def assemble(
+    name: str,
+    outcomes: dict[str, tuple[Outcome, float]],
+    settings: dict[str, Any],
+    provenance: dict[str, str],
+    seconds: float,
+) -> dict[str, Any]:
+    """The content of results.json.
+
+    Args:
+        outcomes: by benchmark, its outcome and its wall-clock in seconds, also that of earlier runs it was resumed from.
+    """
+    found = [entry for outcome, _ in outcomes.values() for entry in outcome.metrics]
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "lm_eval")}
+    for outcome, _ in outcomes.values():
+        versions |= outcome.versions
+    return {
+        "schema": SCHEMA,
+        "name": name,
+        "results": [*leaderboard_average(found), *found],
+        "baselines": [entry for outcome, _ in outcomes.values() for entry in outcome.baselines],
+        "benchmarks": {
+            benchmark: {"seconds": round(took, 3), "details": outcome.details}
+            for benchmark, (outcome, took) in outcomes.items()
+        },
+        "settings": settings,
+        "provenance": provenance,
+        "versions": versions,
+        "seconds": round(seconds, 1),
+    }
+
+
+def leaderboard_average(found: list[Metric]) -> list[Metric]:
+    """The mean of the Open LLM Leaderboard's six headline metrics; nothing where one of them is missing."""
+    six = [entry for entry in found if HEADLINES.get(entry["benchmark"]) == entry["metric"]]
+    if len(six) < len(HEADLINES):
+        return []
+    errors = [entry["stderr"] for entry in six]
+    stderr = None if None in errors else math.sqrt(sum(error**2 for error in errors if error)) / len(six)
+    return [
+        {
+            "benchmark": "leaderboard",
+            "metric": "average",
+            "value": sum(entry["value"] for entry in six) / len(six),
+            "stderr": stderr,
+            "interval": None,
+            "n": sum(entry["n"] for entry in six),
+            "higher_is_better": True,
+            "description": "mean of " + ", ".join(f"{name} {metric}" for name, metric in HEADLINES.items()),
+        }
+    ]
+
+
+def start(output: Path, config: EvaluationConfig) -> None:
+    """Records the settings of a run, for a resume."""
+    write_json(output / SETTINGS, config.identity())
+
+
+def check_resumable(config: EvaluationConfig) -> None:
+    """Raises UserError when the output directory was started with other settings; names them."""
+    path = Path(config.output) / SETTINGS
+    if not path.is_file():
+        return
+    then, now = read_json(path), json.loads(json.dumps(config.identity()))
+    differing = [f"{key} = {then.get(key)!r}, now {value!r}" for key, value in now.items() if then.get(key) != value]
+    if differing:
+        raise UserError(
+            f"--resume: {config.output} was started with {'; '.join(differing)}; give the same settings, or --overwrite"
         )
-    return entries
 
 
-def samples(outcome: dict[str, Any]) -> list[dict[str, Any]]:
-    """One entry per document, in the order of the test split; log-likelihoods are in nats."""
-    entries = []
-    for sample in outcome["samples"][TASK]:
-        document, answers = sample["doc"], sample["filtered_resps"]
-        entries.append(
-            {
-                "id": document["id"],
-                "true_choice": document["target"],
-                "picked_choice": picked(document["choices"], answers),
-                "log_likelihoods": [log_likelihood for log_likelihood, _ in answers],
-                "nll": -answers[document["target"]][0],
-                "n_tokens": document["n_tokens"],
-                "n_bytes": document["n_bytes"],
-                "choices": document["choices"],
-            }
-        )
-    return entries
+def save_outcome(folder: Path, outcome: Outcome, seconds: float) -> None:
+    """Marks a benchmark as finished."""
+    write_json(folder / OUTCOME, {"seconds": seconds, **dataclasses.asdict(outcome)})
 
 
-def versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "lm_eval")}
+def finished_outcome(folder: Path) -> tuple[Outcome, float] | None:
+    """What an earlier run of the benchmark found; None where it did not finish."""
+    if not (folder / OUTCOME).is_file():
+        return None
+    content = read_json(folder / OUTCOME)
+    seconds = content.pop("seconds")
+    return Outcome(**content), seconds
 
 
-def write(output: Path, results: dict[str, Any], sample_entries: list[dict[str, Any]]) -> None:
-    """Writes samples.jsonl, then results.json, whose presence says that the evaluation is whole."""
-    with (output / "samples.jsonl").open("w", encoding="utf-8") as lines:
-        lines.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in sample_entries)
-    (output / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); --overwrite starts anew") from error
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a file that is there as a whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def write_lines(path: Path, entries: list[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
 
 
 def table(results: dict[str, Any]) -> str:
     """The results and the baselines as aligned lines, each metric's baseline below it."""
-    lines = [f"{'metric':<22}{'value':>12}{'std. error':>12}  model"]
+    names = {(entry["benchmark"], entry["metric"]): label(entry) for entry in results["results"]}
+    width = max(map(len, names.values()), default=0) + 2
+    lines = [f"{'metric':<{width}}{'value':>12}{'std. error':>12}  model"]
     for entry in results["results"]:
         stderr = "" if entry["stderr"] is None else f"{entry['stderr']:.4g}"
-        lines.append(f"{entry['metric']:<22}{entry['value']:>12.4g}{stderr:>12}  {results['name']} ({entry['n']} rows)")
+        value = f"{label(entry):<{width}}{entry['value']:>12.4g}{stderr:>12}"
+        lines.append(f"{value}  {results['name']} ({entry['n']} samples)")
         for baseline in results["baselines"]:
-            if baseline["metric"] == entry["metric"]:
-                lines.append(f"{'':<22}{baseline['value']:>12.4g}{'':>12}  {baseline['name']} baseline")
+            if (baseline["benchmark"], baseline["metric"]) == (entry["benchmark"], entry["metric"]):
+                lines.append(f"{'':<{width}}{baseline['value']:>12.4g}{'':>12}  {baseline['name']} baseline")
     return "\n".join(lines)
+
+
+def label(entry: dict[str, Any]) -> str:
+    """One name for a benchmark's metric; those of held_out are unmistakable by themselves."""
+    return entry["metric"] if entry["benchmark"] == "held_out" else f"{entry['benchmark']}/{entry['metric']}"
 
 
 def flat_metrics(results: dict[str, Any]) -> dict[str, float]:
     """The metrics as KFP shows them: one name, one number."""
-    own = {entry["metric"]: entry["value"] for entry in results["results"]}
-    return own | {f"{entry['name']}_{entry['metric']}": entry["value"] for entry in results["baselines"]}
+    own = {label(entry): entry["value"] for entry in results["results"]}
+    return own | {f"{entry['name']}_{label(entry)}": entry["value"] for entry in results["baselines"]}

@@ -12,7 +12,8 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from components.common.errors import UserError
 from components.common.locations import existing_path
 
-SCHEMA = 1
+EVALUATION_SCHEMAS = (1, 2)  # 2 added what each benchmark took and found, and digests
+TRAINING_SCHEMAS = (1,)
 
 
 def finite(value: float | None) -> float | None:
@@ -30,6 +31,7 @@ class Measurement(BaseModel):
     metric: str
     value: Figure
     stderr: Figure = None
+    interval: tuple[float, float] | None = None  # 95%, where it does not follow from stderr
     n: int | None = None
     higher_is_better: bool
     description: str = ""
@@ -53,6 +55,8 @@ class Evaluation(BaseModel):
     baselines: list[TrivialBaseline] = []
     settings: dict[str, Any] = {}
     versions: dict[str, Any] = {}
+    provenance: dict[str, str] = {}  # digests of data, model and code
+    benchmarks: dict[str, Any] = {}  # per benchmark: seconds, and details of how it was run
     seconds: Figure = None
 
 
@@ -108,7 +112,7 @@ def read_evaluation(directory: str) -> Evaluation:
         UserError: it or its results.json is missing, is not JSON, has another schema, or lists a metric twice.
     """
     path = existing_path(directory, "evaluations") / "results.json"
-    evaluation = _checked(Evaluation, _read_json(path, "an evaluation directory"), str(path))
+    evaluation = _checked(Evaluation, _read_json(path, "an evaluation directory", EVALUATION_SCHEMAS), str(path))
     metrics = [(m.benchmark, m.metric) for m in evaluation.results]
     if repeated := _first_repeated(metrics):
         raise UserError(f"{path}: lists {repeated[0]} / {repeated[1]} twice; a metric must appear once")
@@ -125,7 +129,7 @@ def read_training(directory: str) -> Training:
     if not (folder / "summary.json").is_file() and (folder / "training").is_dir():
         folder = folder / "training"
     path = folder / "summary.json"
-    content = _read_json(path, "a training log directory")
+    content = _read_json(path, "a training log directory", TRAINING_SCHEMAS)
     history = [line for _, line in _read_json_lines(folder / "log_history.jsonl")]
     return _checked(Training, {**content, "folder": folder, "history": history}, str(path))
 
@@ -168,12 +172,13 @@ def _read_pairs(training: Training) -> Iterator[tuple[int, int, Pair]]:
         yield pair.step, number, pair
 
 
-def _read_json(path: Path, what: str) -> dict[str, Any]:
+def _read_json(path: Path, what: str, schemas: tuple[int, ...]) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; {path.parent} is not {what}, or its stage did not finish")
     content = _parsed(path.read_bytes(), str(path))
-    if content.get("schema") != SCHEMA:
-        raise UserError(f"{path}: has schema {content.get('schema')!r}, this report reads schema {SCHEMA}")
+    if content.get("schema") not in schemas:
+        known = " and ".join(map(str, schemas))
+        raise UserError(f"{path}: has schema {content.get('schema')!r}, this report reads schema {known}")
     return content
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from components.report.artifacts import Evaluation, Pair, Training, early_and_late_pairs, is_number
@@ -75,6 +75,7 @@ class Provenance:
     settings: dict[str, Any]
     versions: dict[str, Any]
     summary: dict[str, Any]
+    digests: dict[str, str] = field(default_factory=dict)  # of what the stage read: data, model, code
 
     @property
     def digest(self) -> str:
@@ -92,6 +93,11 @@ class Provenance:
     @property
     def versions_text(self) -> str:
         return ", ".join(f"{name} {version}" for name, version in self.versions.items()) or MISSING
+
+    @property
+    def inputs(self) -> list[str]:
+        """Digests of the data, the model and the code, where the stage recorded them."""
+        return [self.digests.get(name, MISSING) for name in ("data", "model", "code")]
 
     @property
     def details(self) -> str:
@@ -127,16 +133,24 @@ def build_report(config: ReportConfig, evaluations: list[Evaluation], trainings:
     wall_clock = _wall_clock_rows(trainings)
     pairs = _pair_groups(trainings, config.pairs_per_report)
     provenance = [Provenance(t.stage, t.name, t.seconds, t.settings, t.versions, t.summary) for t in trainings]
-    provenance += [Provenance("evaluation", e.name, e.seconds, e.settings, e.versions, {}) for e in evaluations]
+    provenance += [
+        Provenance("evaluation", e.name, e.seconds, e.settings, e.versions, e.benchmarks, e.provenance)
+        for e in evaluations
+    ]
+    beside = paper_tables(table, evaluations)
     return Report(
         title=config.title,
         table=table,
-        missing=[*_missing(config, evaluations, trainings), *table.notes],
+        missing=[
+            *_missing(config, evaluations, trainings),
+            *table.notes,
+            *dict.fromkeys(p.missing for p in beside if p.missing),
+        ],
         training_header=header,
         training_rows=rows,
         wall_clock_header=["run", "wall-clock", *_WALL_CLOCK.values()],
         wall_clock_rows=wall_clock,
-        paper_tables=paper_tables(table),
+        paper_tables=beside,
         curves=curve_groups(trainings),
         pairs=pairs,
         provenance=provenance,

@@ -25,8 +25,9 @@ WALL_CLOCK = (
 )
 SPIN_PAIRS = "In SPIN the whole response is B, and the model of the iteration before wrote its replacement."
 PAPER = (
-    "Left the paper's figures on its benchmarks, right this run's on its own. Only their order within a table can be "
-    "compared, and only where model, data and steps are the paper's."
+    "Left the paper's figures, right this run's. In Tables 1 and 2 both are of the same benchmarks: our value, its 95% "
+    "interval in brackets, and the difference to the paper. In the ablations this run's are on its own benchmarks, and only "
+    "their order can be compared. Either way only where model, data and steps are the paper's."
 )
 
 
@@ -112,7 +113,8 @@ def _results_in_markdown(report: Report) -> str:
 
 def _paper_table_in_markdown(table: PaperTable) -> str:
     heading = ["", *(f"paper: {column}" for column in table.paper_columns), "model here", *table.our_columns]
-    return f"### {_markdown(table.title)}\n\n{_markdown_table([heading, *table.rows])}"
+    note = f"\n\n{_markdown(table.note)}" if table.note else ""
+    return f"### {_markdown(table.title)}\n\n{_markdown_table([heading, *table.rows])}{note}"
 
 
 def _markdown_heading(column: Column) -> str:

@@ -20,12 +20,11 @@ from typing import Any
 
 from components.common.cli import ConfigParser, check_output, prepare_output, run_stage
 from components.common.conversations import read_rows
-from components.common.errors import UserError
+from components.common.errors import TERMINATED, UserError
 from components.common.kfp_outputs import publish
+from components.common.storage.session import when_complete
 
 logger = logging.getLogger(__name__)
-
-TERMINATED = 143  # 128 + SIGTERM: a retry policy sees a failure, and its retry resumes
 
 
 def main(argv: Sequence[str]) -> None:
@@ -127,7 +126,7 @@ def _write(stage: Any, settings: Any, run: Any) -> None:
     name = stage.name or f"spin-{settings.loss_type}"
     summary = write_results(run, name, dataclasses.asdict(stage) | dataclasses.asdict(settings))
     if not stage.keep_iterations:
-        run.files.remove()
+        when_complete(run.files.remove, run.files.root)
     logger.info(
         "generated for %.0f s, trained for %.0f s, first step after %.0f s; wrote %s",
         *(summary["seconds/generate"], summary["seconds/train"], summary["seconds/first_step"], stage.output),

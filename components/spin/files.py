@@ -21,6 +21,7 @@ from typing import Any
 
 from components.common.chat_templates import EncodedRow
 from components.common.errors import UserError
+from components.common.models import model_digest
 
 CHECKPOINT_MARKER = "complete.json"
 
@@ -120,7 +121,7 @@ def identity(
         "settings": json.loads(json.dumps(fixed)),
         "training rows": _rows_digest(train),
         "held-out rows": _rows_digest(held_out),
-        "start model": _model_digest(model),
+        "start model": model_digest(model),
     }
 
 
@@ -144,17 +145,4 @@ def _rows_digest(rows: Sequence[EncodedRow]) -> str:
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps([row["id"], row["prompt_ids"], row["chosen_ids"]]).encode())
-    return digest.hexdigest()
-
-
-def _model_digest(model: Path, piece: int = 2**20) -> str:
-    """Tells models apart by their configuration and, of each file of weights, its size and its two ends."""
-    digest = hashlib.sha256((model / "config.json").read_bytes())
-    for path in sorted(model.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(piece))
-            file.seek(max(0, size - piece))
-            digest.update(file.read(piece))
     return digest.hexdigest()

@@ -35,6 +35,7 @@ class Sampler(Protocol):
     """A generation engine that serves one set of weights at a time."""
 
     version: int
+    settings: SamplingSettings  # may be replaced between calls of `generate`
 
     def generate(self, prompts: list[list[int]], max_new_tokens: list[int], seeds: list[int]) -> list[list[int]]:
         """Continues each prompt by at most its own number of tokens; a stop token ends it and is included.

@@ -27,7 +27,7 @@ def read_results(output: Path) -> dict:
 
 
 def read_samples(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (output / "held_out" / "samples.jsonl").read_text().splitlines()]
 
 
 def test_perplexities_are_those_of_plain_torch(evaluated: Path, chat_data: Path, micro_model: Path):
@@ -61,10 +61,13 @@ def test_results_follow_from_the_samples(evaluated: Path):
 def test_results_say_what_was_run(evaluated: Path, micro_model: Path):
     results = read_results(evaluated)
     assert results["name"] == micro_model.name
-    assert results["settings"]["max_length"] == 512  # the model's own window
+    assert results["schema"] == 2
     assert results["settings"]["dtype"] == "float32"
-    assert results["counts"] == {"rows": 16, "truncated_prompts": 0, "replies_longer_than_window": 0}
-    assert results["tokens"]["end_of_turn"] == "<|im_end|>"
+    held_out = results["benchmarks"]["held_out"]
+    assert 0 < held_out["seconds"] <= results["seconds"]
+    assert held_out["details"]["window"] == 512  # the model's own
+    assert held_out["details"]["counts"] == {"rows": 16, "truncated_prompts": 0, "replies_longer_than_window": 0}
+    assert held_out["details"]["tokens"]["end_of_turn"] == "<|im_end|>"
     assert set(results["versions"]) == {"torch", "transformers", "lm_eval"}
     assert [(b["name"], b["metric"]) for b in results["baselines"]] == [
         ("unigram", "perplexity_per_token"),
@@ -119,7 +122,7 @@ def test_help_lists_the_settings(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--benchmarks", "[ifeval]"], r"benchmarks = \['ifeval'\]: must be a list of held_out"),
+        (["--benchmarks", "[arc]"], r"benchmarks = \['arc'\]: must be a list of held_out, arc_challenge,"),
         (["--benchmarks", "[]"], r"benchmarks = \[\]: must be a list of held_out"),
         (["--limit", "0"], "limit = 0: must be at least 1"),
         (["--device", "tpu"], "device = 'tpu' is not valid: Input should be 'auto', 'cpu' or 'cuda'"),

@@ -80,8 +80,8 @@ def test_malformed_json_is_named_with_its_position(tmp_path: Path, write_trainin
 
 
 def test_unknown_schema(tmp_path: Path) -> None:
-    (tmp_path / "results.json").write_text(json.dumps({"schema": 2, "name": "x", "results": []}))
-    with pytest.raises(UserError, match=r"results\.json: has schema 2, this report reads schema 1"):
+    (tmp_path / "results.json").write_text(json.dumps({"schema": 3, "name": "x", "results": []}))
+    with pytest.raises(UserError, match=r"results\.json: has schema 3, this report reads schema 1 and 2"):
         read_evaluation(str(tmp_path))
 
 
