@@ -232,7 +232,7 @@ def evaluation(
         settings: Settings laid over the recipe, such as {"seed": 1}.
 
     Returns:
-        results: Directory with results.json and samples.jsonl.
+        results: Directory with results.json and held_out/samples.jsonl.
         metrics: The same numbers for the UI's comparison of runs.
     """
     inputs = ("--data", data.path, "--model", model.path, "--name", name)
