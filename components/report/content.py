@@ -11,6 +11,7 @@ from components.report.comparison import MISSING, Table, build_table, number
 from components.report.config import ReportConfig
 from components.report.curves import CurveGroup, curve_groups
 from components.report.paper import PaperTable, paper_tables
+from components.report.radar import Radar, mt_bench_radar
 
 # How much of a text a card shows; the rest is counted. 24 pairs stay below about 200 kB.
 PROMPT_LIMIT, SEGMENT_LIMIT, CONTEXT_LIMIT = 1600, 2400, 900
@@ -115,6 +116,7 @@ class Report:
     wall_clock_header: list[str]
     wall_clock_rows: list[list[str]]
     paper_tables: list[PaperTable]
+    radar: Radar | None
     curves: list[CurveGroup]
     pairs: list[PairGroup]
     provenance: list[Provenance]
@@ -151,6 +153,7 @@ def build_report(config: ReportConfig, evaluations: list[Evaluation], trainings:
         wall_clock_header=["run", "wall-clock", *_WALL_CLOCK.values()],
         wall_clock_rows=wall_clock,
         paper_tables=beside,
+        radar=mt_bench_radar(evaluations),
         curves=curve_groups(trainings),
         pairs=pairs,
         provenance=provenance,

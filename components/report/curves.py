@@ -18,7 +18,7 @@ RUNS_PER_FIGURE = 4
 # Mid-tones that stand out on white and on near-black; the dash, not the colour, tells two series of one run apart.
 COLOURS = ("#2f7de1", "#e8702a", "#14a37f", "#b45fd6", "#d64570", "#8a8f2a", "#1fa3c4", "#9a6b4f")
 PRIME = "\N{PRIME}"
-_INK, _GRID = "#010203", "#040506"  # stand-ins, replaced by CSS after drawing
+INK, GRID = "#010203", "#040506"  # stand-ins, replaced by CSS after drawing
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _draw(panel: Panel, coloured: list[tuple[Training, str]], identifier: str) -
         if not drawn:
             return None
         _dress(axes, panel.zero_line)
-        svg = _svg(figure)
+        svg = to_svg(figure)
     labels = [series.label if series.label in drawn else None for series in panel.series] + [None]
     return Drawing(panel.title, svg, labels[0], labels[1])
 
@@ -140,20 +140,20 @@ def _plot(axes: Axes, points: list[tuple[float, float]], colour: str, dash: Any)
 
 
 def _dress(axes: Axes, zero_line: bool) -> None:
-    axes.set_xlabel("step", color=_INK)
-    axes.tick_params(colors=_INK, length=0)
-    axes.grid(color=_GRID, linewidth=0.8)
+    axes.set_xlabel("step", color=INK)
+    axes.tick_params(colors=INK, length=0)
+    axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.margins(x=0.02)
     axes.spines[:].set_visible(False)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.get_offset_text().set_color(_INK)
+        axis.get_offset_text().set_color(INK)
     axes.locator_params(nbins=5)
     if zero_line:
-        axes.axhline(0, color=_INK, linewidth=0.8, alpha=0.55)
+        axes.axhline(0, color=INK, linewidth=0.8, alpha=0.55)
 
 
-def _svg(figure: Figure) -> str:
+def to_svg(figure: Figure) -> str:
     """The figure as an `<svg>` element that scales with its box."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -167,4 +167,4 @@ def _svg(figure: Figure) -> str:
     svg = re.sub(
         r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg
     )  # a hundredth of a point will do
-    return svg.replace(_INK, "currentColor").replace(_GRID, "var(--grid)")
+    return svg.replace(INK, "currentColor").replace(GRID, "var(--grid)")

@@ -1,12 +1,14 @@
 """MT-Bench by category as a radar plot: inline SVG that takes its text and grid colours from the page."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from components.report.curves import _GRID, _INK, COLOURS, _svg
+from components.report.artifacts import Evaluation
+from components.report.curves import COLOURS, GRID, INK, to_svg
 
 CATEGORIES = (
     "writing",
@@ -19,6 +21,29 @@ CATEGORIES = (
     "humanities",
 )  # FastChat's order
 HIGHEST = 10
+
+
+@dataclass(frozen=True)
+class Radar:
+    """The plot, and the models in it with their colours."""
+
+    svg: str
+    models: list[tuple[str, str]]
+
+
+def mt_bench_radar(evaluations: list[Evaluation]) -> Radar | None:
+    """MT-Bench of the first models that have it, as many as there are colours; None where none has."""
+    ratings = {
+        e.name: {
+            r.metric: r.value
+            for r in e.results
+            if r.benchmark == "mt_bench" and r.metric in CATEGORIES and r.value is not None
+        }
+        for e in evaluations
+    }
+    rated = dict([(name, values) for name, values in ratings.items() if values][: len(COLOURS)])
+    svg = radar(rated)
+    return Radar(svg, list(zip(rated, COLOURS, strict=False))) if svg else None
 
 
 def radar(models: Mapping[str, Mapping[str, float]], colours: Sequence[str] = COLOURS) -> str | None:
@@ -47,8 +72,8 @@ def radar(models: Mapping[str, Mapping[str, float]], colours: Sequence[str] = CO
         axes.set_ylim(0, HIGHEST)
         axes.set_yticks(range(2, HIGHEST + 1, 2))
         axes.set_xticks(angles, spokes)
-        axes.tick_params(colors=_INK)
+        axes.tick_params(colors=INK)
         axes.tick_params(axis="x", pad=9)  # the labels stay clear of the rim
-        axes.grid(color=_GRID, linewidth=0.8)
-        axes.spines["polar"].set_color(_GRID)
-        return _svg(figure)
+        axes.grid(color=GRID, linewidth=0.8)
+        axes.spines["polar"].set_color(GRID)
+        return to_svg(figure)

@@ -89,6 +89,16 @@ def test_page_shows_the_comparison(evaluations: list[str], trainings: list[str],
     assert page.tags.count("svg") == 3  # loss of sft; loss and margin of sapo
 
 
+def test_page_shows_mt_bench_by_category(write_evaluation: WriteEvaluation, tmp_path: Path) -> None:
+    rated = [measurement(c, 5.0 + i, 0.5, benchmark="mt_bench") for i, c in enumerate(("writing", "math", "stem"))]
+    one, two = write_evaluation("rated", rated), write_evaluation("unrated", [measurement("accuracy", 0.4, 0.02)])
+    page, _ = run(tmp_path / "out", [one, two], [])
+    assert "MT-Bench by category" in page.text and page.tags.count("svg") == 1
+    assert page.text.split("MT-Bench by category")[1].split()[0] == "rated"  # the legend
+    without, _ = run(tmp_path / "without", [two], [])
+    assert "MT-Bench by category" not in without.text
+
+
 def test_page_is_self_contained(evaluations: list[str], trainings: list[str], tmp_path: Path) -> None:
     page, _ = run(tmp_path / "out", evaluations, trainings)
     links = [value or "" for name, value in page.attributes if name in ("src", "href", "xlink:href", "data", "srcset")]
