@@ -3,6 +3,7 @@
 #   make test    lint, types and every test
 #   make check   lint, format and types only
 #   make bench   speed against peers in the same run (BENCH=--quick for a short one)
+#   make faults  runs that are killed, starved and lied to by their store, and what becomes of them
 #   make compile the packages to upload in the Kubeflow UI
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ RUN ?= pipelines/runs/tiny.yaml
 TORCH_INDEX ?=
 INSTALL = $(VENV)/bin/python -m pip install -qq --constraint docker/constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-fast check format bench compile clean
+.PHONY: demo test test-fast check format bench faults compile clean
 
 demo: $(VENV)/all
 	$(VENV)/bin/python -m pipelines run comparison --run $(RUN)
@@ -35,6 +36,9 @@ format: $(VENV)/dev
 
 bench: $(VENV)/dev
 	$(VENV)/bin/python -m tests.benchmarks $(BENCH)
+
+faults: $(VENV)/dev
+	$(VENV)/bin/python -m tests.faults.campaign $(FAULTS)
 
 compile: $(VENV)/all
 	$(VENV)/bin/python -m pipelines compile

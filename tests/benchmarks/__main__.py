@@ -13,9 +13,10 @@ from tests.benchmarks.harness import quiet, table, write
 from tests.benchmarks.iteration import whole_iteration
 from tests.benchmarks.learner import growth, learner_step
 from tests.benchmarks.sampler import sampler
+from tests.benchmarks.storage import storage
 from tests.benchmarks.upkeep import ema, replay_buffer
 
-CASES = {case.__name__: case for case in (learner_step, whole_iteration, ema, replay_buffer, sampler, growth)}
+CASES = {case.__name__: case for case in (learner_step, whole_iteration, ema, replay_buffer, sampler, growth, storage)}
 RESULTS = Path(__file__).parent / "results.json"
 
 

@@ -1,0 +1,175 @@
+"""Checkpoints of a run under way, in a real store: newest first, whole, few, and found again by an empty disk."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from components.common import mirror
+from components.common.errors import UserError
+from components.common.mirror import Mirror
+from components.common.storage import client, transfer
+from components.common.storage.client import Location, connect
+from tests.faults.proxy import FaultProxy
+from tests.faults.store import BUCKET
+
+MARKER = "manifest.json"
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest) -> Location:
+    return Location(BUCKET, f"mirror/{request.node.originalname}")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    root = tmp_path / "disk"
+    (root / "checkpoints").mkdir(parents=True)
+    return root
+
+
+@pytest.fixture
+def start(store, disk: Path, place: Location) -> Iterator[Callable[..., Mirror]]:
+    started = []
+
+    def begin(**options: object) -> Mirror:
+        settings = {"keep": 2, "bandwidth": None, "check": lambda: None} | options
+        paths = disk / "checkpoints", place, disk / "scratch", disk / "log", MARKER
+        started.append(Mirror(*paths, **settings))  # type: ignore[arg-type]
+        return started[-1]
+
+    yield begin
+    for running in started:
+        running.cancel()
+
+
+def save(disk: Path, step: int, size: int = 1000) -> Path:
+    """A checkpoint as a stage writes it: the marker last."""
+    directory = disk / "checkpoints" / f"checkpoint-{step}"
+    directory.mkdir()
+    (directory / "policy.safetensors").write_bytes(os.urandom(size))
+    (directory / MARKER).write_text(json.dumps({"step": step}))
+    return directory
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+def test_an_empty_disk_gets_the_newest_checkpoint_and_the_log(start, disk, place, tmp_path):
+    (disk / "log").mkdir()
+    (disk / "log" / "pairs.jsonl").write_text("a pair\n")
+    running = start()
+    save(disk, 1)
+    newest = save(disk, 20)
+    assert running.finish(20)
+    empty = tmp_path / "empty"
+    assert mirror.restore(place, empty / "checkpoints", empty / "log", MARKER) == 20
+    there = empty / "checkpoints" / "checkpoint-20"
+    assert (there / "policy.safetensors").read_bytes() == (newest / "policy.safetensors").read_bytes()
+    assert (empty / "log" / "pairs.jsonl").read_text() == "a pair\n"
+
+
+def test_an_unfinished_checkpoint_is_left_alone(start, disk, place):
+    running = start()
+    (save(disk, 1) / MARKER).unlink()
+    (save(disk, 2) / MARKER).write_text("{")
+    assert running.finish(20)
+    assert mirror.mirrored(place) == []
+
+
+def test_the_bucket_keeps_the_newest_few(start, disk, place):
+    running = start(keep=2)
+    for step in (1, 2, 3, 10):
+        save(disk, step)
+        wait_for(lambda step=step: running.uploaded == step)
+    assert running.finish(20)
+    assert mirror.mirrored(place) == [3, 10]
+    assert {name.split("/")[0] for name in transfer.objects(place)} == {"checkpoint-3", "checkpoint-10"}
+
+
+def test_slow_uploads_bound_bandwidth_and_backlog_and_outlive_the_stages_own_removal(start, disk, place):
+    running = start(bandwidth=1e6)
+    first = save(disk, 1, size=2_000_000)
+    started = time.monotonic()
+    wait_for(lambda: (disk / "scratch" / "checkpoint-1").is_dir())
+    shutil.rmtree(first)  # the stage keeps few on its disk
+    for step in (2, 3, 4):
+        save(disk, step)
+    wait_for(lambda: running.uploaded == 1)
+    assert time.monotonic() - started > 1.0  # two megabytes at one a second
+    assert running.finish(20)
+    assert mirror.mirrored(place) == [1, 4]  # 2 and 3 were passed over
+
+
+def test_a_grace_period_that_is_too_short_leaves_nothing_that_looks_complete(start, disk, place):
+    running = start(bandwidth=2e5)
+    save(disk, 1, size=3_000_000)
+    started = time.monotonic()
+    assert not running.finish(0.5)
+    assert time.monotonic() - started < 2
+    running.cancel()
+    assert mirror.mirrored(place) == []
+
+
+def test_who_has_lost_the_output_writes_no_manifest(start, disk, place):
+    def lost() -> None:
+        raise UserError("another process has taken over")
+
+    running = start(check=lost)
+    save(disk, 1)
+    wait_for(lambda: any(name.endswith("policy.safetensors") for name in transfer.objects(place)))
+    running.cancel()
+    assert mirror.mirrored(place) == []
+
+
+def test_a_store_that_is_away_is_tried_again(start, store, disk, place, monkeypatch):
+    proxy = FaultProxy(store.endpoint, seed=0)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    client.connect.cache_clear()
+    running = start()
+    proxy.spoil(1.0, "failed")
+    save(disk, 1)
+    wait_for(lambda: proxy.done["failed"] >= 2)
+    assert running.uploaded == -1
+    proxy.spoil(0.0)
+    wait_for(lambda: running.uploaded == 1)
+    proxy.close()
+
+
+def test_a_damaged_checkpoint_gives_way_to_an_older_one(start, disk, place, tmp_path):
+    running = start()
+    for step in (1, 2):
+        save(disk, step)
+        wait_for(lambda step=step: running.uploaded == step)
+    key = f"{place.prefix}checkpoint-2/policy.safetensors"
+    connect().put_object(Bucket=BUCKET, Key=key, Body=os.urandom(1000))
+    assert mirror.restore(place, tmp_path / "new", tmp_path / "log", MARKER) == 1
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["checkpoint-1"]
+
+
+def test_a_disk_that_has_as_new_a_checkpoint_fetches_none(start, disk, place):
+    running = start()
+    save(disk, 5)
+    assert running.finish(20)
+    assert mirror.restore(place, disk / "checkpoints", disk / "log", MARKER) is None
+    shutil.rmtree(disk / "checkpoints" / "checkpoint-5")
+    save(disk, 4)
+    assert mirror.restore(place, disk / "checkpoints", disk / "log", MARKER) == 5
+
+
+def test_what_the_bucket_has_is_not_sent_again(start, disk, place):
+    running = start()
+    save(disk, 3)
+    assert running.finish(20)
+    before = transfer.objects(place)
+    assert start().finish(20)
+    assert transfer.objects(place) == before

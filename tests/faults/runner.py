@@ -1,0 +1,47 @@
+"""Stages as processes of their own that start in a moment: forked from a server that has imported torch already."""
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    ["tests.faults.runner", "boto3", "components.sapo.__main__", "components.sapo.trainer", "components.sapo.plan"]
+)
+
+
+def start(stage: str, argv: Sequence[object], environment: Mapping[str, str], log: Path) -> BaseProcess:
+    """`python -m components.STAGE ARGV` with its output appended to `log`; `.kill()`, `.terminate()`, `.exitcode` as usual."""
+    arguments = (stage, [str(part) for part in argv], dict(environment), str(log))
+    process = _context.Process(target=_run, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
+def run(stage: str, argv: Sequence[object], environment: Mapping[str, str], log: Path, seconds: float = 120) -> int:
+    """Runs it to its end; the exit code."""
+    process = start(stage, argv, environment, log)
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        raise TimeoutError(f"{stage} took more than {seconds} s; see {log}")
+    return process.exitcode
+
+
+def _run(stage: str, argv: list[str], environment: dict[str, str], log: str) -> None:
+    import importlib
+
+    os.environ.update(environment)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for standard in (1, 2):
+        os.dup2(descriptor, standard)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.argv = [stage, *argv]
+    from components.common.cli import run_stage
+
+    run_stage(importlib.import_module(f"components.{stage}.__main__").main)
