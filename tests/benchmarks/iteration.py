@@ -22,7 +22,7 @@ from components.sapo.ema import EMA, frozen_copy
 from components.sapo.losses import dpo_loss
 from components.sapo.pair_forward import PairIds, collate, response_logps
 from tests.benchmarks.harness import Result, Side, compare_apart, speed
-from tests.benchmarks.shapes import Shape, make_pairs, precisions, save, smollm2_shape
+from tests.benchmarks.shapes import Shape, dtype_name, make_pairs, precisions, save, smollm2_shape
 
 SEGMENT = 64
 SETTINGS = SamplingSettings(0.7, 50, 0.95, frozenset({2}))
@@ -44,7 +44,7 @@ def whole_iteration(quick: bool) -> list[Result]:
         sides += [Side(our_iteration, (*arguments, sampler == "vLLM sampler"), ours=True) for sampler in samplers]
         theirs, *mine = compare_apart(sides, 2 if with_vllm and not quick else 1)
         for sampler, measured in zip(samplers, mine, strict=True):
-            setting = f"{SHAPE}, {sampler}, {_name(dtype)}, {torch.get_num_threads()} threads"
+            setting = f"{SHAPE}, {sampler}, {dtype_name(dtype)}, {torch.get_num_threads()} threads"
             results.append(speed("whole DPO iteration", setting, "written plainly", theirs, measured))
     return results
 
@@ -77,12 +77,8 @@ def our_iteration(dtype: torch.dtype, layers: int, with_vllm: bool) -> Callable[
         return Ours(model, make_pairs(SHAPE), dtype).iteration
     with tempfile.TemporaryDirectory() as directory:
         save(model, directory)
-        engine = VLLMSampler(directory, SETTINGS, max_model_len=512, dtype=_name(dtype))
+        engine = VLLMSampler(directory, SETTINGS, max_model_len=512, dtype=dtype_name(dtype))
     return Ours(model, make_pairs(SHAPE), dtype, engine).iteration
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def contexts(pairs: list[PairIds]) -> list[list[int]]:

@@ -15,7 +15,15 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from components.sapo.losses import dpo_loss, orpo_loss
 from components.sapo.pair_forward import PairIds, collate, response_logps
 from tests.benchmarks.harness import Result, Side, compare_apart, memory, speed
-from tests.benchmarks.shapes import Shape, learner_flops, make_pairs, matrix_speed, precisions, smollm2_shape
+from tests.benchmarks.shapes import (
+    Shape,
+    dtype_name,
+    learner_flops,
+    make_pairs,
+    matrix_speed,
+    precisions,
+    smollm2_shape,
+)
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 OPTIONS = {"report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True}
@@ -35,7 +43,7 @@ def learner_step(quick: bool) -> list[Result]:
             ("ORPO", "TRL ORPOTrainer", our_orpo, trl_orpo),
         ):
             limit = learner_flops(model, pairs, name == "DPO") / matrix_speed(dtype)
-            setting = f"{shape}, {str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"
+            setting = f"{shape}, {dtype_name(dtype)}, {torch.get_num_threads()} threads"
             sides = [Side(prepared, (make, shape, dtype, layers), make is ours) for make in (theirs, ours)]
             peer_values, our_values = compare_apart(sides, 1 if quick else 2)
             results += [

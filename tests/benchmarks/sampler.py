@@ -24,10 +24,11 @@ from components.common.samplers import SamplingSettings, make_canary
 from components.common.samplers.hf import HFSampler
 from components.sapo.ema import copy_weights, frozen_copy
 from tests.benchmarks.harness import Measured, Result, compare, speed
-from tests.benchmarks.shapes import save, smollm2_shape
+from tests.benchmarks.shapes import dtype_name, precisions, save, smollm2_shape
 
 SETTINGS = SamplingSettings(temperature=0.7, top_k=50, top_p=0.95, stop_ids=frozenset({1}))
 NEW_TOKENS = 64
+SHAPES = [(16, 320, 320), (8, 150, 400)]  # prompts, and the least and most tokens of one; the second as SAPO has them
 
 
 def sampler(quick: bool) -> list[Result]:
@@ -46,24 +47,27 @@ def main(quick: bool) -> list[Result]:
     except UserError as error:
         print(f"the sampler's cases are left out: {error}", file=sys.stderr)
         return []
-    with tempfile.TemporaryDirectory() as directory:
-        model = smollm2_shape(layers=4 if quick else 30)
-        save(model, directory)
-        vllm = VLLMSampler(directory, SETTINGS, max_model_len=512)
-        results = [*generation(model, vllm, quick), *push(model, vllm, quick)]
-        vllm.close()
+    results = []
+    for dtype in precisions(quick):
+        shapes = SHAPES if dtype == precisions(quick)[-1] else SHAPES[:1]
+        model = smollm2_shape(layers=4 if quick else 30).to(dtype)
+        with tempfile.TemporaryDirectory() as directory:
+            save(model, directory)
+            vllm = VLLMSampler(directory, SETTINGS, max_model_len=512, dtype=dtype_name(dtype))
+            results += [*generation(model, vllm, shapes, quick), *push(model, vllm, quick)]
+            vllm.close()
     with tempfile.TemporaryDirectory() as directory:
         save(smollm2_shape(layers=3 if quick else 8), directory)
         results += overlap(directory, quick)
     return results
 
 
-def generation(model: LlamaForCausalLM, vllm: Any, quick: bool) -> list[Result]:
+def generation(model: LlamaForCausalLM, vllm: Any, shapes: list[tuple[int, int, int]], quick: bool) -> list[Result]:
     """Tokens a second, as milliseconds for the same tokens."""
     results = []
     hf = HFSampler(model, SETTINGS, pad_id=0)
     random = np.random.default_rng(0)
-    for count, shortest, longest in ((16, 320, 320), (8, 150, 400)):
+    for count, shortest, longest in shapes:
         prompts = [random.integers(5, 1000, int(random.integers(shortest, longest + 1))).tolist() for _ in range(count)]
 
         def go(engine: Any, prompts: list[list[int]] = prompts) -> None:
@@ -75,7 +79,9 @@ def generation(model: LlamaForCausalLM, vllm: Any, quick: bool) -> list[Result]:
 
         theirs, ours = compare([lambda: go(hf), fresh], 1 if quick else 2)
         print(f"{count} x {NEW_TOKENS}: generate {theirs.seconds:.1f} s, vLLM {ours.seconds:.1f} s", file=sys.stderr)
-        setting = f"{count} x {NEW_TOKENS} tokens after prompts of {shortest}-{longest}, float32, 1 thread"
+        setting = (
+            f"{count} x {NEW_TOKENS} tokens after prompts of {shortest}-{longest}, {dtype_name(model.dtype)}, 1 thread"
+        )
         results.append(speed("vLLM generation", setting, "transformers' generate", theirs, ours))
     return results
 
@@ -85,7 +91,7 @@ def push(model: LlamaForCausalLM, vllm: Any, quick: bool) -> list[Result]:
     memcpy, ours = compare(
         [lambda: copy_weights(model, twin), lambda: vllm.load(model.named_parameters(), 1, canary)], 3 if quick else 7
     )
-    setting = f"{model.num_parameters() / 1e6:.0f}M parameters, float32, 1 thread; with its proof"
+    setting = f"{model.num_parameters() / 1e6:.0f}M parameters, {dtype_name(model.dtype)}, 1 thread; with its proof"
     return [speed("vLLM weight push", setting, "a copy of the weights", memcpy, ours)]
 
 

@@ -36,6 +36,10 @@ def precisions(quick: bool) -> list[torch.dtype]:
     return dtypes[-1:] if quick else dtypes
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def smollm2_shape(layers: int = 30, vocabulary: int = 49152) -> LlamaForCausalLM:
     """Random weights in the shape of SmolLM2-135M."""
     heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
