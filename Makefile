@@ -34,7 +34,7 @@ format: $(VENV)/dev
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(VENV)/dev
+bench: $(VENV)/vllm
 	$(VENV)/bin/python -m tests.benchmarks $(BENCH)
 
 faults: $(VENV)/dev
