@@ -12,6 +12,7 @@ from components.report.config import ReportConfig
 from components.report.curves import CurveGroup, curve_groups
 from components.report.paper import PaperTable, paper_tables
 from components.report.radar import Radar, mt_bench_radar
+from components.report.ranking import Ranking, rankings
 
 # How much of a text a card shows; the rest is counted. 24 pairs stay below about 200 kB.
 PROMPT_LIMIT, SEGMENT_LIMIT, CONTEXT_LIMIT = 1600, 2400, 900
@@ -116,6 +117,7 @@ class Report:
     wall_clock_header: list[str]
     wall_clock_rows: list[list[str]]
     paper_tables: list[PaperTable]
+    rankings: list[Ranking]
     radar: Radar | None
     curves: list[CurveGroup]
     pairs: list[PairGroup]
@@ -153,6 +155,7 @@ def build_report(config: ReportConfig, evaluations: list[Evaluation], trainings:
         wall_clock_header=["run", "wall-clock", *_WALL_CLOCK.values()],
         wall_clock_rows=wall_clock,
         paper_tables=beside,
+        rankings=rankings(table),
         radar=mt_bench_radar(evaluations),
         curves=curve_groups(trainings),
         pairs=pairs,

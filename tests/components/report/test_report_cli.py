@@ -86,7 +86,7 @@ def test_page_shows_the_comparison(evaluations: list[str], trainings: list[str],
     classes = [value for name, value in page.attributes if name == "class"]
     assert "delta better significant" in classes  # +0.080 of accuracy
     assert "delta worse" in classes  # +3.0 of perplexity, within the errors
-    assert page.tags.count("svg") == 3  # loss of sft; loss and margin of sapo
+    assert page.tags.count("svg") == 5  # two rankings; loss of sft; loss and margin of sapo
 
 
 def test_page_shows_mt_bench_by_category(write_evaluation: WriteEvaluation, tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_missing_parts_are_named(evaluations: list[str], write_training: WriteTr
 def test_only_evaluations_and_only_trainings(evaluations: list[str], trainings: list[str], tmp_path: Path) -> None:
     page, _ = run(tmp_path / "one", evaluations, [])
     assert "No training log was given, so there are no curves and no sampled pairs." in page.text
-    assert "svg" not in page.tags and "mark" not in page.tags
+    assert page.tags.count("svg") == 2 and "mark" not in page.tags  # the rankings: no curves, no pairs
     page, _ = run(tmp_path / "two", [], trainings)
     assert "No evaluation was given, so there is no table of results." in page.text
     assert "Sampled pairs" in page.text
