@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from components.report.comparison import Z_95, Column, Table, TableRow
 from components.report.curves import COLOURS, GRID, INK, to_svg
@@ -40,6 +41,9 @@ def _ranking(rows: list[TableRow], index: int, column: Column, baseline: str | N
         axes.set_yticks(range(len(names)), names)
         if min(values) > 0 and max(values) > WIDE_RANGE * min(values):
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
         if baseline in names:
             axes.axvline(values[names.index(baseline)], color=INK, lw=0.8, ls=(0, (3, 2)))
         axes.tick_params(colors=INK, length=0)

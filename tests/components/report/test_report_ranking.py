@@ -37,3 +37,4 @@ def test_names_are_text():
     table = build_table([evaluation("<script>$x^$", accuracy=1.0), evaluation("y", accuracy=200.0)], "y")
     (plot,) = rankings(table)
     assert "&lt;script&gt;$x^$" in plot.svg and "<script" not in plot.svg
+    assert {"1", "100", "200"} <= heights(plot.svg).keys()  # the logarithmic axis
