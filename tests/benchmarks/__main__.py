@@ -1,7 +1,7 @@
 """Prints a table of ours against a peer, timed in turns in the same run, and writes `tests/benchmarks/results.json`.
 
-make bench                                   # everything, under 20 minutes on two CPU cores
-python -m tests.benchmarks --quick           # smaller sizes, fewer repeats: two minutes
+make bench                                   # everything
+python -m tests.benchmarks --quick           # smaller sizes, fewer repeats
 python -m tests.benchmarks --case ema        # one case
 """
 

@@ -36,8 +36,7 @@ def whole_iteration(quick: bool) -> list[Result]:
     results = []
     for dtype in precisions(quick):
         check_losses(dtype)
-        # Our stages sample with the engine where it is installed; the other way is timed in float32. All three at once would
-        # need more than 24 GiB.
+        # Each sampler in one precision: the plain side and ours with both samplers need more than 24 GiB together.
         sampler = "vLLM sampler" if dtype == torch.bfloat16 and vllm_is_installed() else "HF sampler"
         arguments = (dtype, 2 if quick else 30)
         sides = [Side(plain_iteration, arguments, ours=False)]
