@@ -1,17 +1,42 @@
 """A stage in several processes (`accelerate launch -m components.dpo ...`): the first one writes and reports, all train."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
+import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers import PrinterCallback
 
 from components.common.cli import prepare_output
 from components.common.training import save_model, show_progress
 
+Item = TypeVar("Item")
+
 
 def is_first() -> bool:
     return PartialState().is_main_process
+
+
+def of_all(items: list[Item]) -> list[Item]:
+    """The items of every process, in the order of processes; each process must call this, and gets them all."""
+    return gather_object(items) if dist.is_initialized() and dist.get_world_size() > 1 else items
+
+
+def wait_for_all() -> None:
+    """Returns when every process has come here."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def sum_over_all(value: int, device: torch.device) -> int:
+    """The sum of a number over all processes; the number itself where there is one."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    total = torch.tensor(value, device=device)
+    dist.all_reduce(total)
+    return int(total)
 
 
 def prepare_output_once(directory: str, overwrite: bool) -> Path:

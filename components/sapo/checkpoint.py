@@ -1,13 +1,17 @@
 """Checkpoints: one directory with everything, proven complete by a manifest that is written last.
 
     checkpoint-40/
-      policy.safetensors  ema.safetensors  reference.safetensors (DPO)   weights
-      optimizer.safetensors  scheduler.json                              the optimizer step
+      policy.safetensors  ema.safetensors  reference.safetensors (DPO)   trained weights, each flat
+      optimizer.safetensors  optimizer.json  scheduler.json              the optimizer step
       buffer.safetensors  held_out.safetensors                           pairs, counts, the start model's log-probs
-      random.safetensors  random.json                                    states of torch, numpy and Python
+      random-1-of-1.safetensors  random-1-of-1.json                      states of torch, numpy and Python
       trainer.json                                                       step, log history, metrics not yet logged
       settings.json                                                      settings, data digest, versions
       manifest.json                                                      size and sha256 of each file; last, atomically
+
+Where the policy is sharded, each process writes its parts of the first four to a file of its own, `policy-1-of-8.safetensors`,
+with the place of each part in its metadata. Whoever resumes reads the elements it needs from whichever files have them: another
+number of processes, or another way to shard, needs no conversion.
 
 Only safetensors and JSON: nothing that is read can run code. A directory without a manifest is an interrupted save and is
 passed over; one whose files do not match its manifest is refused.
@@ -15,28 +19,33 @@ passed over; one whose files do not match its manifest is refused.
 
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from components.common.errors import UserError
+from components.common.processes import is_first, of_all, wait_for_all
 
 MANIFEST = "manifest.json"
 KIND = "sapo-checkpoint"
-SCHEMA = 1
+SCHEMA = 2
+STARTS = "starts"  # in a file's metadata: the first element of each of its parts
 PREFIX = "checkpoint-"
 
 
 class CheckpointWriter:
-    """Writes one checkpoint; `finish` makes it count.
+    """Writes one checkpoint, by all processes together; `finish` makes it count.
 
     Args:
         directory: the checkpoint's own directory; what an interrupted save left there is removed.
@@ -44,35 +53,72 @@ class CheckpointWriter:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        if directory.exists():
-            shutil.rmtree(directory)
-        directory.mkdir(parents=True)
+        self._mine: list[Path] = []
+        if is_first():
+            if directory.exists():
+                shutil.rmtree(directory)
+            directory.mkdir(parents=True)
+        wait_for_all()
 
     def tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Writes `<name>.safetensors`; tensors that share memory are written apart."""
+        """Writes `<name>.safetensors`, in the first process only."""
+        if is_first():
+            self._save(name, tensors)
+
+    def parts(self, name: str, parts: dict[str, Tensor], starts: dict[str, int] | None) -> None:
+        """Writes this process's parts of tensors.
+
+        Args:
+            parts: flat.
+            starts: where each part begins in the whole flat tensor; None where all processes have the whole.
+        """
+        if starts is None:
+            self.tensors(name, parts)
+        else:
+            self._save(f"{name}-{of_processes()}", parts, {STARTS: json.dumps(starts)})
+
+    def own(self, name: str, tensors: dict[str, Tensor], content: Any) -> None:
+        """Writes what each process has for itself."""
+        self._save(f"{name}-{of_processes()}", tensors)
+        self._write(f"{name}-{of_processes()}", content)
+
+    def json(self, name: str, content: Any) -> None:
+        """Writes `<name>.json`, in the first process only."""
+        if is_first():
+            self._write(name, content)
+
+    def add(self, name: str) -> Path:
+        """The path of a file that someone else is about to write."""
+        self._mine.append(self.directory / name)
+        return self._mine[-1]
+
+    def _save(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+        """Tensors that share memory are written apart."""
         plain = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
         seen: dict[int, str] = {}
         for key, tensor in plain.items():
             if tensor.numel() and seen.setdefault(tensor.data_ptr(), key) != key:
                 plain[key] = tensor.clone()
-        save_file(plain, self.directory / f"{name}.safetensors")
+        save_file(plain, self.add(f"{name}.safetensors"), metadata)
 
-    def json(self, name: str, content: Any) -> None:
-        """Writes `<name>.json`."""
-        (self.directory / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    def _write(self, name: str, content: Any) -> None:
+        self.add(f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
 
     def finish(self, step: int) -> None:
         """Flushes every file to disk, then puts the manifest in place in one move."""
-        files = {}
-        for path in sorted(self.directory.iterdir()):
-            files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        mine = []
+        for path in self._mine:
             _sync(path)
-        manifest = {"kind": KIND, "schema": SCHEMA, "step": step, "files": files}
-        unfinished = self.directory / f"{MANIFEST}.tmp"
-        unfinished.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        _sync(unfinished)
-        unfinished.rename(self.directory / MANIFEST)
-        _sync(self.directory)
+            mine.append((path.name, {"size": path.stat().st_size, "sha256": _sha256(path)}))
+        files = dict(sorted(of_all(mine)))
+        if is_first():
+            manifest = {"kind": KIND, "schema": SCHEMA, "step": step, "files": files}
+            unfinished = self.directory / f"{MANIFEST}.tmp"
+            unfinished.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            _sync(unfinished)
+            unfinished.rename(self.directory / MANIFEST)
+            _sync(self.directory)
+        wait_for_all()
 
 
 class CheckpointReader:
@@ -94,6 +140,65 @@ class CheckpointReader:
 
     def json(self, name: str) -> Any:
         return json.loads((self.directory / f"{name}.json").read_text(encoding="utf-8"))
+
+    def own(self, name: str) -> tuple[dict[str, Tensor], Any] | None:
+        """What this process wrote for itself; None if as many processes did not write this checkpoint."""
+        mine = f"{name}-{of_processes()}"
+        return (self.tensors(mine), self.json(mine)) if (self.directory / f"{mine}.json").exists() else None
+
+    def parts(self, name: str) -> "SavedParts":
+        """The tensors that `CheckpointWriter.parts` wrote under a name."""
+        whole = self.directory / f"{name}.safetensors"
+        return SavedParts([whole] if whole.exists() else sorted(self.directory.glob(f"{name}-*-of-*.safetensors")))
+
+
+class SavedParts:
+    """Flat tensors, each in one or several files.
+
+    Args:
+        paths: the files.
+    """
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._places: dict[str, list[tuple[int, Any]]] = {}  # of each tensor: first element, and its slice of a file
+        for path in paths:
+            file = safe_open(path, framework="pt")
+            starts = json.loads((file.metadata() or {}).get(STARTS, "{}"))
+            for key in file.keys():  # noqa: SIM118  (not a dict)
+                self._places.setdefault(key, []).append((starts.get(key, 0), file.get_slice(key)))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def size(self, key: str) -> int:
+        """Elements of the whole tensor."""
+        return sum(math.prod(part.get_shape()) for _, part in self._places[key])
+
+    def read(self, key: str, start: int, length: int) -> Tensor:
+        """Elements [start, start + length) of a tensor, flat.
+
+        Raises:
+            UserError: they are in none of the files.
+        """
+        found = []
+        for first, part in sorted(self._places.get(key, []), key=lambda place: place[0]):
+            low, high = max(start, first), min(start + length, first + part.get_shape()[0])
+            if low < high:
+                found.append(part[low - first : high - first])
+        elements = torch.cat(found) if found else torch.zeros(0)
+        if len(elements) != length:
+            raise UserError(f"the checkpoint has {len(elements)} of {length} elements of {key}: it is of another model")
+        return elements
+
+    def read_whole(self, key: str) -> Tensor:
+        """A tensor that is in one file, in its own shape."""
+        return self._places[key][0][1][:]
+
+
+def of_processes() -> str:
+    """Which process this is, in the name of a file."""
+    processes = PartialState()
+    return f"{processes.process_index + 1}-of-{processes.num_processes}"
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
@@ -160,27 +265,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state dict as tensors named "<parameter>.<name>" and the rest as JSON."""
-    tensors, plain = {}, {}
-    for parameter, values in state["state"].items():
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"{parameter}.{name}"] = value
-            else:
-                plain[f"{parameter}.{name}"] = value
-    return tensors, {"state": plain, "param_groups": state["param_groups"]}
-
-
-def unflatten_optimizer(tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten_optimizer`."""
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in {**plain["state"], **tensors}.items():
-        parameter, name = key.split(".", 1)
-        state.setdefault(int(parameter), {})[name] = value
-    return {"state": state, "param_groups": plain["param_groups"]}
 
 
 def random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Settings of SAPO. Defaults are the paper's DPO run; `recipes/` has the ORPO runs and smaller models."""
 
 import importlib.util
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -109,8 +110,6 @@ class SAPOConfig(TrainingArguments):
         self._check()
         training.settle_device(self)
         super().__post_init__()
-        if self.world_size > 1:
-            raise ValueError(f"started with {self.world_size} processes: SAPO runs in one; start it without a launcher")
 
     def _check(self) -> None:
         for name in (
@@ -155,6 +154,11 @@ class SAPOConfig(TrainingArguments):
         self._require("fp16", not self.fp16, "is not offered; use bf16")
         limit = self.save_total_limit
         self._require("save_total_limit", limit is None or limit >= 1, "must be 1 or more, or none to keep all")
+
+    def is_sharded(self) -> bool:
+        """Whether ZeRO or FSDP2 spreads the trained weights over processes."""
+        zero = self.deepspeed_plugin is not None and self.deepspeed_plugin.zero_stage > 0
+        return zero or bool(self.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
 
     def engine_dtype(self) -> str:
         """Type of the weights that sample."""

@@ -1,6 +1,7 @@
 """The exponential moving average of the policy (paper Eq. 6), and copies between models of one architecture."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,72 +14,59 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     return twin.eval()
 
 
-def _tensors(model: nn.Module) -> list[Tensor]:
-    """Parameters and buffers as plain tensors; tied weights once."""
-    return [parameter.data for parameter in model.parameters()] + list(model.buffers())
+def weights_of(model: nn.Module, names: Sequence[str] | None = None) -> list[Tensor]:
+    """A model's parameters, all or those named, as flat tensors that share its memory; tied ones once."""
+    parameters = dict(model.named_parameters())
+    return [parameters[name].data.view(-1) for name in names or parameters]
 
 
 @torch.no_grad()
-def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    """target <- source, in place."""
-    torch._foreach_copy_(_tensors(target), _tensors(source))
-
-
-@torch.no_grad()
-def relative_distance(model: nn.Module, other: nn.Module) -> float:
-    """|theta - theta_other| / |theta_other| over all parameters, in the Euclidean norm."""
-    # One parameter at a time: a difference of all at once would be another copy of the model.
-    pairs = list(zip(model.parameters(), other.parameters(), strict=True))
-    difference = torch.stack([(mine - theirs).float().norm() for mine, theirs in pairs]).norm()
-    return float(difference / torch.stack([theirs.float().norm() for _, theirs in pairs]).norm())
+def copy_weights(source: Sequence[Tensor], target: Sequence[Tensor]) -> None:
+    """target <- source, in place, cast to the type of the target."""
+    torch._foreach_copy_(list(target), list(source))
 
 
 class EMA:
-    """theta_EMA <- decay * theta_EMA + (1 - decay) * theta, in place, starting at theta.
+    """theta_EMA <- decay * theta_EMA + (1 - decay) * theta, in place.
 
     Args:
-        policy: the model to follow; copied.
+        average: theta_EMA at the start, float32, one flat tensor a parameter, or this process's part of it; updated where
+            it lies.
         decay: the paper's alpha, in [0, 1]. 0 follows the policy, 1 never moves.
-
-        served_dtype: type of a copy for the sampler; None samples with the average where it lies.
+        served: a copy of the average for the sampler, in a type of its own; None where the sampler does without.
 
     Attributes:
-        model: the averaged weights, without gradients.
         version: updates done so far.
-        served: what samples: `model`, or the copy.
-        served_version: updates that `served` has.
+        served_version: updates that the served copy has.
     """
 
-    def __init__(self, policy: nn.Module, decay: float, served_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, average: list[Tensor], decay: float, served: list[Tensor] | None = None) -> None:
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"ema_decay = {decay}: must be within [0, 1]")
-        self.model = frozen_copy(policy)
-        self.served = self.model if served_dtype is None else frozen_copy(policy).to(served_dtype)
+        self.average = average
         self.decay = decay
+        self.served = served
         self.version = self.served_version = 0
 
+    @property
+    def serving(self) -> list[Tensor]:
+        """What the sampler is to have."""
+        return self.average if self.served is None else self.served
+
     @torch.no_grad()
-    def update(self, policy: nn.Module, serve: bool = True) -> None:
-        """One step of Eq. 6 over all parameters; buffers (such as rotary tables) are constants.
+    def update(self, weights: Sequence[Tensor], serve: bool = True) -> None:
+        """One step of Eq. 6.
 
         Args:
-            serve: whether the copy for the sampler, if there is one, follows.
+            weights: theta, in the order and shapes of the average.
+            serve: whether the sampler gets this version, so that a copy for it follows.
         """
-        mine = [parameter.data for parameter in self.model.parameters()]
-        theirs = [parameter.data for parameter in policy.parameters()]
-        if serve and self.served is not self.model:
+        if serve and self.served is not None:
             # Each is cast while it is still in the cache: one pass over the average instead of two.
-            for average, parameter, copy_ in zip(mine, theirs, self.served.parameters(), strict=True):
-                copy_.data.copy_(average.lerp_(parameter, 1.0 - self.decay))
+            for average, weight, copy_ in zip(self.average, weights, self.served, strict=True):
+                copy_.copy_(average.lerp_(weight, 1.0 - self.decay))
         else:
-            torch._foreach_lerp_(mine, theirs, 1.0 - self.decay)
+            torch._foreach_lerp_(self.average, list(weights), 1.0 - self.decay)
         self.version += 1
-        if serve or self.served is self.model:
+        if serve:
             self.served_version = self.version
-
-    def load_state_dict(self, weights: dict[str, Tensor], version: int) -> None:
-        """Puts back the average, and what is served from it."""
-        self.model.load_state_dict(weights)
-        if self.served is not self.model:
-            copy_weights(self.model, self.served)
-        self.version = self.served_version = version

@@ -252,6 +252,34 @@ def _padded(pairs: list[PairIds], pad_id: int, from_divergence: bool) -> tuple[d
     return inputs, None, predictors
 
 
+def pair_logps(wrapped: nn.Module, model: nn.Module, batches: list[PairBatch]) -> list[Tensor]:
+    """`response_logps` of several batches in one forward pass of what distributed training has wrapped around a model.
+
+    DDP, DeepSpeed and FSDP2 act when the outermost forward is called: they gather shards there, or get ready for backward.
+    So the model's own forward answers with log-probs for as long as this runs.
+
+    Args:
+        wrapped: what to call: the model itself, or its wrapper.
+        model: the model within.
+    """
+    with _forward_replaced(model, lambda batches: [response_logps(model, batch) for batch in batches]):
+        return wrapped(batches)
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another forward for a module, around which its hooks still run."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward  # the class's own again
+        else:
+            module.forward = before
+
+
 def response_logps(model: nn.Module, batch: PairBatch) -> Tensor:
     """Log-prob of every response token given what precedes it.
 
@@ -277,17 +305,23 @@ def last_hidden_states(model: nn.Module, batch: PairBatch) -> Tensor:
 def chunked_logps(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
     """log softmax(head(hidden)) at `targets`, (tokens,), float32; only one chunk of logits exists at a time.
 
-    Backward computes each chunk's logits again. A plain linear head is fused with the softmax; any other one (wrapped,
-    sharded or with a bias) is called as it is.
+    Backward computes each chunk's logits again. A linear head is fused with the softmax; any other one (with a bias, quantised,
+    with an adapter) is called as it is.
     """
-    if type(head) is nn.Linear and head.bias is None and head.weight.numel() == head.in_features * head.out_features:
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
-        return _FusedLogps.apply(hidden.to(dtype), head.weight, targets)
+    if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and head.bias is None:
+        # Called as a module, once: where it is sharded, its weight is whole meanwhile.
+        with _forward_replaced(head, functools.partial(_fused_logps, head)):
+            return head(hidden, targets)
     chunks = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
     if not (torch.is_grad_enabled() and hidden.requires_grad):
         return torch.cat([token_logps(head(h), t) for h, t in chunks])
     return torch.cat([_recomputed(head, h, t) for h, t in chunks])
+
+
+def _fused_logps(head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+    return _FusedLogps.apply(hidden.to(dtype), head.weight, targets)
 
 
 def _recomputed(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -359,17 +393,17 @@ def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
 
 
-def sequence_nll(model: nn.Module, sequences: list[tuple[list[int], list[int]]], pad_id: int, share: bool) -> Tensor:
-    """Mean negative log-prob per token over prompt and response, (sequences,), float32.
-
-    The first token of a sequence is given, not predicted, and padding never counts.
-    """
+def whole_sequences(sequences: list[tuple[list[int], list[int]]], pad_id: int, share: bool) -> PairBatch:
+    """Prompts and responses as sequences of which every token but the first, which is given, is scored."""
     # As a pair of a one-token prompt and two responses that are the whole rest: packed, the second costs nothing.
     wholes = [(prompt + response)[1:] for prompt, response in sequences]
     pairs = [PairIds(prompt[:1], whole, whole) for (prompt, _), whole in zip(sequences, wholes, strict=True)]
-    device = next(model.parameters()).device
-    batch = collate(pairs, pad_id, share).to(device)
-    return -(response_logps(model, batch).sum(dim=1) / batch.response_mask.sum(dim=1))[: len(sequences)]
+    return collate(pairs, pad_id, share)
+
+
+def sequence_nll(logps: Tensor, batch: PairBatch) -> Tensor:
+    """Mean negative log-prob per token over prompt and response, (sequences,), float32, from `whole_sequences`' log-probs."""
+    return -(logps.sum(dim=1) / batch.response_mask.sum(dim=1)).chunk(2)[0]
 
 
 @contextmanager

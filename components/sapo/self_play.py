@@ -1,6 +1,7 @@
 """The sampling stage of Algorithm 1 (lines 6 to 11): which rows a step takes, where they are cut, and what B' becomes."""
 
 from collections.abc import Sequence as Rows
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,6 +19,18 @@ ROW_ORDER, SAMPLING, DRAWS, HELD_OUT = range(4)
 def generator(seed: int, stream: int, step: int) -> np.random.Generator:
     """The random generator of one stream at one step."""
     return np.random.default_rng((seed, stream, step))
+
+
+@dataclass(frozen=True)
+class Share:
+    """One of `count` processes, the `index`-th, and what it does of a list that they do together."""
+
+    index: int
+    count: int
+
+    def of(self, length: int) -> range:
+        """Positions in a list: consecutive ones, so that the shares of all processes, joined in order, are the list."""
+        return range(length * self.index // self.count, length * (self.index + 1) // self.count)
 
 
 class RowOrder:
@@ -54,8 +67,11 @@ def sample_entries(
     random: np.random.Generator,
     step: int,
     epoch: int,
+    share: Share = Share(0, 1),
 ) -> list[Entry]:
     """Cuts the chosen rows, regenerates B from (x, A), and returns one entry for each row and response.
+
+    With several processes each one cuts all the rows, as one process would, and regenerates its share of them.
 
     Args:
         rows: the training set.
@@ -64,6 +80,7 @@ def sample_entries(
         random: where B starts.
         step: optimizer steps done so far, recorded in the entries.
         epoch: passes over the rows done so far; with the run's seed and the row it seeds what is sampled.
+        share: this process's.
     """
     indices = [row for row in chosen for _ in range(config.responses_per_prompt)]
     segment_length = None if config.no_segment else config.segment_length
@@ -71,14 +88,15 @@ def sample_entries(
         choose_segment(len(rows[row]["chosen_ids"]), segment_length, random, config.segment_start) for row in indices
     ]
     prompts, limits, seeds = [], [], []
-    for i, (row, segment) in enumerate(zip(indices, segments, strict=True)):
+    mine = share.of(len(indices))
+    for i, row, segment in zip(mine, indices[mine.start : mine.stop], segments[mine.start : mine.stop], strict=True):
         prompts.append(rows[row]["prompt_ids"] + rows[row]["chosen_ids"][: segment.start])
         limits.append(min(config.max_new_tokens, config.max_length - len(prompts[-1])))
         seeds.append(request_seed(config.seed, rows[row]["id"], epoch, i % config.responses_per_prompt))
     replacements = sampler.generate(prompts, limits, seeds)
     return [
-        Entry(row, segment, np.array(replacement, dtype=np.int32), step, sampler.version)
-        for row, segment, replacement in zip(indices, segments, replacements, strict=True)
+        Entry(indices[i], segments[i], np.array(replacement, dtype=np.int32), step, sampler.version)
+        for i, replacement in zip(mine, replacements, strict=True)
     ]
 
 

@@ -7,6 +7,7 @@ One optimizer step is one iteration of the paper:
     _SelfPlayCallback    line 17: the EMA, then the reference
 """
 
+import itertools
 import math
 import resource
 import sys
@@ -36,33 +37,40 @@ from transformers.trainer_utils import TrainOutput
 from components.common.chat_templates import EncodedRow, encode_rows
 from components.common.errors import UserError
 from components.common.models import load_model, load_tokenizer, stop_ids
-from components.common.samplers import Sampler, SamplingSettings, make_canary
+from components.common.processes import is_first, of_all, sum_over_all
+from components.common.samplers import Canary, Sampler, SamplingSettings, make_canary
 from components.common.samplers.hf import HFSampler
 from components.sapo import checkpoint, self_play, state
 from components.sapo.checkpoint import CheckpointReader, CheckpointWriter
 from components.sapo.config import SAPOConfig
-from components.sapo.ema import EMA, copy_weights, frozen_copy, relative_distance
+from components.sapo.ema import EMA, copy_weights, frozen_copy, weights_of
 from components.sapo.losses import PairLoss, dpo_loss, orpo_loss
 from components.sapo.pair_forward import (
     PairBatch,
     PairIds,
     collate,
-    response_logps,
+    pair_logps,
     sequence_nll,
     shared_prefix_attention,
     supports_shared_prefix,
+    whole_sequences,
 )
 from components.sapo.pair_log import PairLog
 from components.sapo.reference_cache import ReferenceCache
 from components.sapo.replay_buffer import Entry, ReplayBuffer
 from components.sapo.schedule import Overlap, Schedule, Sync
 from components.sapo.segments import Rejected
+from components.sapo.sharding import Whole, layout_of, relative_distance
 
 CANARY = 16  # tokens whose log-probs prove that the engine serves what was pushed
 
 
 class SAPOTrainer(Trainer):
-    """Trains a policy by self-play (arXiv 2405.20830).
+    """Trains a policy by self-play (arXiv 2405.20830), in one process or in several.
+
+    Several processes do what one does with the same pairs a step: the rows of a step, their cuts and the draws from the
+    buffer do not depend on how many there are. Each regenerates its share of the rows and trains on its share of the draws;
+    new entries go to all, so every process has the whole buffer.
 
     Args:
         model: the policy, or the directory of one. Load it in float32; mixed precision comes from `args`.
@@ -77,7 +85,11 @@ class SAPOTrainer(Trainer):
         callbacks: as in `Trainer`.
 
     Attributes:
-        ema, buffer, reference, sampler: the parts of the method; `reference` is None for ORPO.
+        ema, buffer, sampler: the parts of the method.
+        ema_model, served_model, reference: models with the weights of the EMA, of what samples, and of the reference. None
+            where the weights are lists of parts instead (the policy is sharded, or trains an adapter), and `reference` where
+            the loss needs none.
+        layout: where the trained parameters lie; from the start of training on.
     """
 
     args: SAPOConfig
@@ -100,9 +112,9 @@ class SAPOTrainer(Trainer):
         if processing_class is None:
             raise ValueError("processing_class: is needed when model is not a directory")
         _disable_dropout(model)
-        # Copies are made before Trainer wraps the policy's forward: a later deepcopy would run the policy's weights.
-        self.ema = EMA(model, args.ema_decay, args.served_dtype())
-        self.reference = frozen_copy(model) if args.loss_type == "dpo" else None
+        self.uses_reference = args.loss_type == "dpo"
+        self.in_parts = args.is_sharded()
+        self._copy_models(model, args)
         train_rows = _tokenised(train_dataset, processing_class, max_prompt_length, args.max_length)
         eval_rows = _tokenised(eval_dataset, processing_class, max_prompt_length, args.max_length)
         super().__init__(
@@ -114,10 +126,7 @@ class SAPOTrainer(Trainer):
             callbacks=[_SelfPlayCallback(self), *(callbacks or [])],
         )
         self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs; Trainer divides by the accumulation
-        self.ema.model.to(self.args.device)
-        self.ema.served.to(self.args.device)
-        if self.reference is not None:
-            self.reference.to(self.args.device)
+        self.share = self_play.Share(self.args.process_index, self.args.world_size)
         self.stop_ids = stop_ids(model, processing_class)
         self.pad_id = int(processing_class.pad_token_id)
         self.share_prefix = supports_shared_prefix(model)
@@ -136,22 +145,47 @@ class SAPOTrainer(Trainer):
         self._waited_logged = self._sampled_logged = 0.0
         self.started = time.perf_counter()  # of the run; a stage puts its own start here
         self._totals: defaultdict[str, float] = defaultdict(float)  # of `wall_clock`
-        if args.sampler == "vllm":
+        if args.sampler == "vllm" and not self.in_parts:
             self.push()  # it has read the model's directory: prove that this is the model
 
+    def _copy_models(self, model: PreTrainedModel, args: SAPOConfig) -> None:
+        """Models for the EMA, for what samples and for the reference, where they are not kept as lists of parts.
+
+        They are made before Trainer wraps the policy's forward: a later deepcopy would run the policy's weights.
+        """
+        self.ema_model = self.served_model = self.reference = None
+        self.reference_weights: list[Tensor] = []
+        self.layout = Whole(model, None)
+        if self.in_parts:
+            if args.sampler == "hf":
+                self.served_model = _unsharded(model, args)
+            return
+        self.ema_model = frozen_copy(model).to(args.device)
+        served = [model] if args.on_policy else [self.ema_model]
+        if (dtype := args.served_dtype()) is not None:
+            served = [frozen_copy(model).to(args.device, dtype)]
+        self.served_model = served[0]
+        names = self.layout.names
+        copied = None if dtype is None else weights_of(self.served_model, names)
+        self.ema = EMA(weights_of(self.ema_model, names), args.ema_decay, copied)
+        if self.uses_reference:
+            self.reference = frozen_copy(model).to(args.device)
+            self.reference_weights = weights_of(self.reference, names)
+
     def _rows_per_step(self) -> int:
-        """As many fresh rows as pairs are trained on: N of Algorithm 1."""
-        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        """As many fresh rows as pairs are trained on by all processes: N of Algorithm 1."""
+        args = self.args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
     def _engine(self) -> Sampler:
         settings = SamplingSettings(self.args.temperature, self.args.top_k, self.args.top_p, self.stop_ids)
-        model: Any = self.model if self.args.on_policy else self.ema.served
         if self.args.sampler == "hf":
+            model: Any = self.served_model
             return HFSampler(model, settings, self.pad_id, self.args.sampler_batch_size)
         from components.common.samplers.vllm import VLLMSampler
 
         return VLLMSampler(
-            model.name_or_path,
+            str(self.policy.name_or_path),
             settings,
             max_model_len=self.args.max_length,
             dtype=self.args.engine_dtype(),
@@ -177,17 +211,21 @@ class SAPOTrainer(Trainer):
     ) -> tuple[list[dict[str, Any]], None]:
         step = self.state.global_step
         entries = self.schedule.entries(step)
-        self.buffer.add(entries)
+        self.buffer.add(of_all(entries))
         self._record_sampling(entries)
         random = self_play.generator(self.args.seed, self_play.DRAWS, step)
         size = self.args.per_device_train_batch_size
-        return [self._collate(self.buffer.draw(size, random)) for _ in range(num_batches)], None
+        # One draw for each process, by all of them alike: two processes draw what one does with two micro-batches.
+        drawn = [[self.buffer.draw(size, random) for _ in range(self.share.count)] for _ in range(num_batches)]
+        return [self._collate(of_each) for of_each in drawn], None
 
     def _generate(self, step: int, steps_done: int) -> list[Entry]:
         """Entries from the rows of a step; reads nothing that changes while a step runs."""
         random = self_play.generator(self.args.seed, self_play.SAMPLING, step)
         rows, epoch = self.row_order.at(step), self.row_order.epoch_of(step)
-        return self_play.sample_entries(self.train_dataset, rows, self.sampler, self.args, random, steps_done, epoch)
+        return self_play.sample_entries(
+            self.train_dataset, rows, self.sampler, self.args, random, steps_done, epoch, self.share
+        )
 
     def _record_sampling(self, entries: list[Entry]) -> None:
         for entry in entries:
@@ -197,19 +235,21 @@ class SAPOTrainer(Trainer):
             self._metrics["sampling/identical"].append(float(b == entry.replacement.tolist()))
             self._metrics["sampling/ended"].append(float(not self.stop_ids.isdisjoint(entry.replacement.tolist())))
 
-    def _collate(self, drawn: list[tuple[int, Entry]]) -> dict[str, Any]:
-        """Chosen responses in the first half of the batch, rejected ones in the second."""
+    def _collate(self, drawn_by: list[list[tuple[int, Entry]]]) -> dict[str, Any]:
+        """This process's micro-batch of those that all draw; chosen responses are in its first half, rejected in the second."""
+        drawn = drawn_by[self.share.index]
         pairs = [_Pair(self.train_dataset[e.row], e, self._rejected(e), entry_id) for entry_id, e in drawn]
         batch = self._collate_pairs(pairs)
         for _, entry in drawn:
             self._metrics["buffer/age_steps"].append(self.state.global_step - entry.step)
             self._metrics["buffer/age_versions"].append(self.ema.version - entry.version)
-        return {"batch": batch, "pairs": pairs, "input_ids": batch.model_inputs["input_ids"]}
+        ids = [[entry_id for entry_id, _ in drawn] for drawn in drawn_by]
+        return {"batch": batch, "pairs": pairs, "ids": ids, "input_ids": batch.model_inputs["input_ids"]}
 
     def _collate_pairs(self, pairs: list["_Pair"], whole: bool = False) -> PairBatch:
         """Pairs for the model; DPO scores responses from where they differ, unless they are wanted `whole`."""
         ids = [PairIds(pair.row["prompt_ids"], pair.row["chosen_ids"], pair.rejected.ids) for pair in pairs]
-        return collate(ids, self.pad_id, self.share_prefix, self.reference is not None and not whole)
+        return collate(ids, self.pad_id, self.share_prefix, self.uses_reference and not whole)
 
     def _rejected(self, entry: Entry) -> Rejected:
         return self_play.rejected_response(self.train_dataset[entry.row], entry, self.args, self.stop_ids)
@@ -229,41 +269,68 @@ class SAPOTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Tensor:
         pairs, batch = inputs["pairs"], inputs["batch"].to(self.args.device)
-        # Mixed precision by hand: accelerate wraps the model's outer forward only, and pairs go to the decoder itself.
+        # Mixed precision by hand: accelerate wraps the model's own forward, which pairs do not take.
         with self.accelerator.autocast():
-            logps = response_logps(self.policy, batch)
-            loss = self._pair_loss(logps, batch, pairs)
+            loss, logps = self._pair_loss(model, batch, pairs, inputs["ids"])
         self._totals["tokens/trained"] += batch.real_tokens()
         self._record_training(loss, logps.detach(), pairs, batch)
         return loss.losses.mean()
 
-    def _pair_loss(self, logps: Tensor, batch: PairBatch, pairs: list["_Pair"]) -> PairLoss:
-        """The loss of Eq. 1 or Eq. 3 from per-token log-probs, (2 * pairs, longest response)."""
-        if self.reference is None:
+    def _pair_loss(
+        self, model: nn.Module, batch: PairBatch, pairs: list["_Pair"], ids_of_all: list[list[int]]
+    ) -> tuple[PairLoss, Tensor]:
+        """The loss of Eq. 1 or Eq. 3, and the log-prob of each response token, (2 * pairs, longest response)."""
+        if self.uses_reference:
+            # First, as it may seat the reference's weights in the policy, and holds no activations afterwards.
+            reference_chosen, reference_rejected = self._reference_logps(pairs, ids_of_all).to(self.args.device)
+            (logps,) = pair_logps(model, self.policy, [batch])
+            chosen, rejected = logps.sum(dim=1).chunk(2)
+            return dpo_loss(chosen, rejected, reference_chosen, reference_rejected, self.args.beta), logps
+        if self.args.nll_scope == "response":
+            (logps,) = pair_logps(model, self.policy, [batch])
             chosen, rejected = (logps.sum(dim=1) / batch.response_mask.sum(dim=1)).chunk(2)
-            nll = self._sequence_nll(pairs) if self.args.nll_scope == "sequence" else -chosen
-            return orpo_loss(chosen, rejected, nll, self.args.orpo_lambda)
-        chosen, rejected = logps.sum(dim=1).chunk(2)
-        reference_chosen, reference_rejected = self._reference_logps(pairs).to(logps.device)
-        return dpo_loss(chosen, rejected, reference_chosen, reference_rejected, self.args.beta)
+            return orpo_loss(chosen, rejected, -chosen, self.args.orpo_lambda), logps
+        sequences = self._sequences(pairs)
+        logps, of_sequences = pair_logps(model, self.policy, [batch, sequences])
+        chosen, rejected = (logps.sum(dim=1) / batch.response_mask.sum(dim=1)).chunk(2)
+        return orpo_loss(chosen, rejected, sequence_nll(of_sequences, sequences), self.args.orpo_lambda), logps
 
     @torch.no_grad()
-    def _reference_logps(self, pairs: list["_Pair"]) -> Tensor:
-        """The reference's log-probs of both responses, (2, pairs); only of pairs it has not scored since its last refresh."""
-        assert self.reference is not None
-        ids = [pair.entry_id for pair in pairs]
+    def _reference_logps(self, pairs: list["_Pair"], ids_of_all: list[list[int]]) -> Tensor:
+        """The reference's log-probs of both responses, (2, pairs); only of pairs it has not scored since its last refresh.
+
+        Args:
+            ids_of_all: entries of this micro-batch by process. What one process scores, all of them know.
+        """
+        ids = ids_of_all[self.share.index]
         missing = self.reference_cache.missing(ids)
         self._metrics["reference/reused"].append(1 - len(missing) / len(ids))
-        if missing:
+        if any(self.reference_cache.missing(of_one) for of_one in ids_of_all):
             by_id = dict(zip(ids, pairs, strict=True))
-            batch = self._collate_pairs([by_id[i] for i in missing]).to(self.args.device)
-            scored = response_logps(self.reference, batch).sum(dim=1)
-            self.reference_cache.store(missing, torch.stack(scored.chunk(2)))
+            scored = (
+                missing or ids[:1]
+            )  # forward is a common work of sharded processes, whether there is something to score
+            batch = self._collate_pairs([by_id[i] for i in scored]).to(self.args.device)
+            with self._reference_model() as (model, policy):
+                logps = pair_logps(model, policy, [batch])[0].sum(dim=1)
+            found = of_all([(scored, torch.stack(logps.chunk(2)).float().cpu())])
+            for entry_ids, values in found:
+                self.reference_cache.store(entry_ids, values)
         return self.reference_cache.get(ids)
 
-    def _sequence_nll(self, pairs: list["_Pair"]) -> Tensor:
+    @contextmanager
+    def _reference_model(self) -> Iterator[tuple[Any, Any]]:
+        """What to call for the reference's forward pass, and the model within it."""
+        if self.reference is not None:
+            yield self.reference, self.reference
+            return
+        with self.layout.seated(self.reference_weights):
+            yield self.model_wrapped, self.policy
+
+    def _sequences(self, pairs: list["_Pair"]) -> PairBatch:
+        """Prompt and chosen response of each pair as one sequence."""
         chosen = [(pair.row["prompt_ids"], pair.row["chosen_ids"]) for pair in pairs]
-        return sequence_nll(self.policy, chosen, self.pad_id, self.share_prefix)
+        return whole_sequences(chosen, self.pad_id, self.share_prefix).to(self.args.device)
 
     def _record_training(self, loss: PairLoss, logps: Tensor, pairs: list["_Pair"], batch: PairBatch) -> None:
         margins = loss.chosen_rewards - loss.rejected_rewards
@@ -285,7 +352,7 @@ class SAPOTrainer(Trainer):
         for name, values in recorded.items():
             self._metrics[name] += values.tolist()
         step = self.state.global_step + 1  # as in the log entry that follows this step
-        if step % self.state.logging_steps == 0:
+        if step % self.state.logging_steps == 0 and is_first():
             for i, pair in enumerate(pairs[: self.args.pairs_per_log]):
                 behind = self.ema.version - pair.entry.version
                 self.pair_log.write(step, pair.row, pair.entry, pair.rejected, b[i], b_prime[i], behind)
@@ -301,26 +368,33 @@ class SAPOTrainer(Trainer):
         with self._timed("ema"):
             if step % self.args.ema_interval == 0:
                 pushed = (self.ema.version + 1) % self.args.push_interval == 0
-                self.ema.update(self.policy, serve=pushed)
+                self.ema.update(self.layout.parts(), serve=pushed)
                 if pushed and not self.args.on_policy:
                     self.push()
             if self.args.on_policy:
                 self.push()
-            if self.reference is not None and self.args.reference != "fixed" and step % self._reference_interval() == 0:
-                source = self.ema.model if self.args.reference == "ema" else self.policy
-                copy_weights(source, self.reference)
+            if self.uses_reference and self.args.reference != "fixed" and step % self._reference_interval() == 0:
+                source = self.ema.average if self.args.reference == "ema" else self.layout.parts()
+                copy_weights(source, self.reference_weights)
                 self.reference_cache.version += 1
 
     def push(self) -> None:
         """Gives the sampler the weights it is to serve; an engine with a copy of its own proves that it serves them."""
-        served: Any = self.policy if self.args.on_policy else self.ema.served
-        canary = None
-        if self.args.sampler == "vllm":
-            row = self.train_dataset[0]
-            canary = make_canary(
-                served, (row["prompt_ids"] + row["chosen_ids"])[: min(CANARY, self.args.max_length - 1)]
-            )
-        self.sampler.load(served.named_parameters(), self.ema.served_version, canary)
+        if not self.in_parts:
+            served: Any = self.served_model
+            return self.sampler.load(served.named_parameters(), self.ema.served_version, self._canary(served))
+        parts = self.layout.parts() if self.args.on_policy else self.ema.serving
+        with self.layout.seated(parts):
+            canary = self._canary(self.model_wrapped)
+        self.sampler.load(self.layout.weights(parts), self.ema.served_version, canary)
+
+    def _canary(self, model: Any) -> Canary | None:
+        """What the weights to serve give, by the model that has them."""
+        if self.args.sampler != "vllm":
+            return None
+        row = self.train_dataset[0]
+        length = min(CANARY, self.args.max_length - 1)
+        return make_canary(model, (row["prompt_ids"] + row["chosen_ids"])[:length])
 
     def _reference_interval(self) -> int:
         interval = self.args.reference_interval
@@ -338,8 +412,8 @@ class SAPOTrainer(Trainer):
         rows: list[EncodedRow] = self.eval_dataset  # type: ignore[assignment]
         random = self_play.generator(self.args.seed, self_play.HELD_OUT, 0)
         every = list(range(len(rows)))
-        entries = self_play.sample_entries(rows, every, self.sampler, self.args, random, step=0, epoch=0)
-        self.set_held_out(entries, start_logps=None)
+        entries = self_play.sample_entries(rows, every, self.sampler, self.args, random, 0, 0, self.share)
+        self.set_held_out(of_all(entries), start_logps=None)
 
     def set_held_out(self, entries: list[Entry], start_logps: Tensor | None) -> None:
         """Held-out pairs from their entries; without log-probs the policy as it is now is the start."""
@@ -350,20 +424,27 @@ class SAPOTrainer(Trainer):
 
     @torch.no_grad()
     def _score(self, pairs: list["_Pair"]) -> Tensor:
-        """The policy's log-probs of both responses, (2, pairs): sums for DPO, means per token for ORPO."""
-        model, scores = self.policy, []
+        """The policy's log-probs of both responses, (2, pairs): sums for DPO, means per token for ORPO.
+
+        Each process scores every n-th pair, all of them equally many: forward is a common work where the policy is sharded.
+        """
+        n = self.share.count
+        mine = list(itertools.islice(itertools.cycle(pairs), self.share.index, -(-len(pairs) // n) * n, n))
+        model: Any = self.model_wrapped
         was_training = model.training
         model.eval()
-        for low in range(0, len(pairs), self.args.per_device_eval_batch_size):
-            some = pairs[low : low + self.args.per_device_eval_batch_size]
+        scores = []
+        for low in range(0, len(mine), self.args.per_device_eval_batch_size):
+            some = mine[low : low + self.args.per_device_eval_batch_size]
             batch = self._collate_pairs(some, whole=True).to(self.args.device)
             with self.accelerator.autocast():
-                logps = response_logps(model, batch).sum(dim=1)
-            if self.reference is None:
+                logps = pair_logps(model, self.policy, [batch])[0].sum(dim=1)
+            if not self.uses_reference:
                 logps = logps / batch.response_mask.sum(dim=1)
             scores.append(torch.stack(logps.chunk(2)).cpu())
         model.train(was_training)
-        return torch.cat(scores, dim=1)
+        by_process = of_all([torch.cat(scores, dim=1)])  # each (2, mine)
+        return torch.stack(by_process, dim=2).flatten(1)[:, : len(pairs)]
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """How far the policy has moved from the start model on the held-out pairs.
@@ -374,7 +455,7 @@ class SAPOTrainer(Trainer):
         if self.held_out is None:
             raise ValueError("eval_dataset: held-out rows are needed to evaluate")
         now = self._score(self.held_out.pairs)
-        scale = self.args.beta if self.reference is not None else 1.0
+        scale = self.args.beta if self.uses_reference else 1.0
         chosen, rejected = scale * (now - self.held_out.start_logps)
         metrics = {
             "rewards/chosen": chosen.mean(),
@@ -401,18 +482,18 @@ class SAPOTrainer(Trainer):
             UserError: there is none, it is damaged, or it is of a run with other settings or rows.
         """
         if not resume_from_checkpoint:
-            self.pair_log.keep_until(step=0)
-            if self.eval_dataset is not None:
-                self._make_held_out()
+            self._cut_pair_log(0)
             return super().train(None, *args, **kwargs)
         self._resumed = CheckpointReader(self._checkpoint_directory(resume_from_checkpoint))
         state.check_identity(self, self._resumed)
-        self.pair_log.keep_until(self._resumed.step)
-        if self.eval_dataset is not None:
-            state.restore_held_out(self, self._resumed)
+        self._cut_pair_log(self._resumed.step)
         if self._resumed.step >= self._total_steps():
             return self._nothing_left(self._resumed)
         return super().train(str(self._resumed.directory), *args, **kwargs)
+
+    def _cut_pair_log(self, step: int) -> None:
+        if is_first():
+            self.pair_log.keep_until(step)
 
     def _checkpoint_directory(self, given: str | bool) -> Path:
         if given is not True:
@@ -428,8 +509,7 @@ class SAPOTrainer(Trainer):
 
     def _nothing_left(self, reader: CheckpointReader) -> TrainOutput:
         """The run had ended when it was interrupted: only the trained weights and the log are needed."""
-        self._load_from_checkpoint(str(reader.directory))
-        self.ema.load_state_dict(reader.tensors("ema"), reader.json("trainer")["version"])
+        self._prepare_for_training(self._total_steps(), self.get_train_dataloader(), None)
         self.state = TrainerState.load_from_json(str(reader.directory / "trainer_state.json"))
         return TrainOutput(self.state.global_step, math.nan, {"train_runtime": 0.0})
 
@@ -437,31 +517,44 @@ class SAPOTrainer(Trainer):
         directory = Path(str(self.args.output_dir))
         with self._timed("save"):
             state.save(self, CheckpointWriter(directory / f"{checkpoint.PREFIX}{self.state.global_step}"))
-        if self.args.save_total_limit is not None:
+        if self.args.save_total_limit is not None and is_first():
             checkpoint.remove_old(directory, self.args.save_total_limit)
 
-    # `Trainer` calls the next four in turn when it resumes; the files it would look for are not there.
+    # `Trainer` calls the next three when it resumes; the files it would look for are not there.
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        assert self._resumed is not None
-        self.policy.load_state_dict(self._resumed.tensors("policy"))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> tuple[Any, DataLoader]:
+        """Wraps the model and makes the optimizer; from here on it is known where the trained parameters lie."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self.layout = layout_of(self.policy, self.optimizer)
+        if self.in_parts:
+            self._copy_parts()
         if self._resumed is not None:
             state.restore(self, self._resumed)
+        return prepared
 
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        """float16 is not offered, so there is no gradient scaler."""
+    def _copy_parts(self) -> None:
+        """The EMA and the reference as lists of parts, which start as the policy."""
+        start, dtype = self.layout.parts(), self.args.served_dtype()
+        served = None if dtype is None else [part.to(dtype, copy=True) for part in start]
+        self.ema = EMA([part.clone() for part in start], self.args.ema_decay, served)
+        if self.uses_reference:
+            dtype = torch.bfloat16 if self.args.bf16 else torch.float32
+            self.reference_weights = [part.to(dtype, copy=True) for part in start]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """All is put back together, once the model is prepared."""
 
     def _load_rng_state(self, checkpoint_directory: str | None) -> None:
         if self._resumed is not None:
-            checkpoint.restore_random_states(self._resumed.tensors("random"), self._resumed.json("random"))
+            state.restore_random_states(self._resumed)
 
     def unlogged(self) -> dict[str, Any]:
-        """Metrics since the last log entry, as JSON; a resumed run logs them with its own."""
+        """Metrics of all processes since the last log entry, as JSON; a resumed run logs them with its own."""
         return {
-            "metrics": dict(self._metrics),
-            "loss": float(self._tr_loss),
+            "metrics": self._metrics_of_all(),
+            "loss": float(np.mean(of_all([float(self._tr_loss)]))),
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
             "wall_clock": self.wall_clock(),
@@ -471,11 +564,16 @@ class SAPOTrainer(Trainer):
         """`Trainer` has reset its running loss by now; a resumed run goes on with the saved one."""
         if self._resumed is not None:
             saved = self._resumed.json("trainer")
-            self._metrics = defaultdict(list, saved["metrics"])
             self._tr_loss += saved["loss"]
             self._total_loss_scalar = saved["total_loss"]
             self._globalstep_last_logged = saved["last_logged"]
-            self._totals = defaultdict(float, saved["wall_clock"])
+            if is_first():
+                self._metrics = defaultdict(list, saved["metrics"])
+                self._totals = defaultdict(float, saved["wall_clock"])
+        elif self.in_parts:
+            self.push()
+        if self.eval_dataset is not None and self._resumed is None:
+            self._make_held_out()
         self._steps_timed = self.state.global_step
 
     # ---- Metrics --------------------------------------------------------------------------------------------------
@@ -495,9 +593,19 @@ class SAPOTrainer(Trainer):
         the start of the stage to the end of the first optimizer step; a shared prefix counts once in `tokens/trained`.
         """
         generated = {"seconds/generate": self.schedule.sampled, "seconds/wait": self.schedule.waited}
-        return {**self._totals, **{name: self._totals[name] + value for name, value in generated.items()}}
+        seconds = {**self._totals, **{name: self._totals[name] + value for name, value in generated.items()}}
+        tokens = ("tokens/generated", "tokens/trained")
+        return seconds | {name: float(sum_over_all(int(self._totals[name]), self.args.device)) for name in tokens}
 
-    def _speed(self) -> dict[str, float]:
+    def _metrics_of_all(self) -> dict[str, list[float]]:
+        """Values of every process since the last entry."""
+        merged: defaultdict[str, list[float]] = defaultdict(list)
+        for metrics in of_all([dict(self._metrics)]):
+            for name, values in metrics.items():
+                merged[name] += values
+        return dict(merged)
+
+    def _speed(self, metrics: dict[str, list[float]]) -> dict[str, float]:
         """Seconds of each part of a step, pairs and tokens per second, and the most memory so far, since the last entry."""
         steps = max(self.state.global_step - self._steps_timed, 1)
         # The learner's time; the sampler's own, which may pass beside it, is told apart.
@@ -507,8 +615,8 @@ class SAPOTrainer(Trainer):
         total = max(sum(self._seconds.values()), 1e-9)
         speed = {f"seconds/{part}": seconds / steps for part, seconds in self._seconds.items()}
         speed["seconds/sample"] = sampled / steps
-        speed["pairs_per_second"] = len(self._metrics["rewards/margins"]) / total
-        speed["tokens_per_second"] = sum(self._metrics["tokens/pair"]) / total
+        speed["pairs_per_second"] = len(metrics["rewards/margins"]) / total
+        speed["tokens_per_second"] = sum(metrics["tokens/pair"]) / total
         return speed | {"memory/peak_gib": peak_memory_gib()}
 
     def _buffer_use(self) -> dict[str, float]:
@@ -523,10 +631,10 @@ class SAPOTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means since the last entry to the trainer's own loss and learning rate."""
         if "loss" in logs:
-            logs |= {name: float(np.mean(values)) for name, values in self._metrics.items() if values}
-            logs |= (
-                self._speed() | self._buffer_use() | {"ema/distance": relative_distance(self.ema.model, self.policy)}
-            )
+            metrics = self._metrics_of_all()
+            logs |= {name: float(np.mean(values)) for name, values in metrics.items() if values}
+            distance = relative_distance(self.layout, self.ema.average, self.layout.parts())
+            logs |= self._speed(metrics) | self._buffer_use() | {"ema/distance": distance}
             self._metrics.clear()
             self._seconds.clear()
             self._steps_timed = self.state.global_step
@@ -546,7 +654,8 @@ class _SelfPlayCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.after_step()
-        if self.trainer.stop_requested:
+        if sum_over_all(int(self.trainer.stop_requested), args.device):
+            self.trainer.stop_requested = True
             control.should_save = control.should_training_stop = True
 
 
@@ -579,6 +688,22 @@ def peak_memory_gib() -> float:
 def _segment_sums(logps: Tensor, spans: list[tuple[int, int]]) -> Tensor:
     """Sum of log-probs over a span of response tokens of each row, (rows,)."""
     return torch.stack([row[start:end].sum() for row, (start, end) in zip(logps, spans, strict=True)])
+
+
+def _unsharded(model: PreTrainedModel, args: SAPOConfig) -> nn.Module:
+    """A whole copy of a model that is, or will be, sharded, for transformers' generate."""
+    dtype = getattr(torch, args.engine_dtype())
+    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return frozen_copy(model).to(args.device, dtype)
+    # ZeRO-3 has sharded the model as it was loaded, and would shard this one too.
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    try:
+        whole = load_model(str(model.name_or_path), dtype)
+    finally:
+        set_hf_deepspeed_config(args.hf_deepspeed_config)
+    return whole.requires_grad_(False).eval().to(args.device)
 
 
 def _tokenised(

@@ -22,7 +22,8 @@ class HFSampler:
     """Generates with a Hugging Face model, whose weights it reads where they lie.
 
     Args:
-        model: the EMA model (or the policy, on-policy). Updates in place are seen at once, so `load` copies nothing.
+        model: the EMA model (or the policy, on-policy). Updates in place are seen at once, so `load` copies only weights that
+            lie elsewhere.
         settings: how tokens are drawn.
         pad_id: any token id; padding is masked.
         batch_size: most prompts in one call of generate.
@@ -35,7 +36,12 @@ class HFSampler:
         self.batch_size = batch_size
         self.version = 0
 
+    @torch.no_grad()
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int, canary: Canary | None = None) -> None:
+        mine = dict(self.model.named_parameters())
+        for name, weight in weights:
+            if weight.data_ptr() != mine[name].data_ptr():
+                mine[name].copy_(weight)
         self.version = version
 
     def generate(self, prompts: list[list[int]], max_new_tokens: list[int], seeds: list[int]) -> list[list[int]]:

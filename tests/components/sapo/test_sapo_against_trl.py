@@ -9,7 +9,6 @@ from datasets import Dataset
 
 from components.common.models import load_model, load_tokenizer
 from components.sapo.config import SAPOConfig
-from components.sapo.pair_forward import response_logps
 from components.sapo.replay_buffer import Entry
 from components.sapo.segments import Rejected, Segment
 from components.sapo.trainer import SAPOTrainer, _Pair
@@ -44,7 +43,8 @@ def our_loss(policy, reference, tmp_path, micro_model, **settings):
     batch = trainer._collate_pairs(pairs)
     assert batch.spans is not None  # the packed form
     policy.zero_grad()
-    return trainer._pair_loss(response_logps(policy, batch), batch, pairs).losses.mean()
+    loss, _ = trainer._pair_loss(policy, batch, pairs, [[0]])
+    return loss.losses.mean()
 
 
 def gradients(model) -> torch.Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from components.sapo.ema import EMA, copy_weights, frozen_copy
+from components.sapo.ema import EMA, copy_weights, frozen_copy, weights_of
 
 
 def linear(value: float) -> nn.Linear:
@@ -18,34 +18,42 @@ def weights(model: nn.Module) -> list[float]:
     return [round(x, 6) for p in model.parameters() for x in p.flatten().tolist()]
 
 
+def average_of(model: nn.Module, decay: float, dtype: torch.dtype | None = None) -> EMA:
+    """An EMA that starts as the model and shares nothing with it."""
+    served = None if dtype is None else weights_of(frozen_copy(model).to(dtype))
+    return EMA(weights_of(frozen_copy(model)), decay, served)
+
+
+def values(tensors: list[torch.Tensor]) -> list[float]:
+    return [round(x, 6) for tensor in tensors for x in tensor.tolist()]
+
+
 def test_update_by_hand():
     """alpha 0.5: 1 -> (1 + 3) / 2 = 2 -> (2 + 7) / 2 = 4.5. alpha 0.9: 1 -> 0.9 * 1 + 0.1 * 3 = 1.2."""
     policy = linear(1.0)
-    half, slow = EMA(policy, 0.5), EMA(policy, 0.9)
+    half, slow = average_of(policy, 0.5), average_of(policy, 0.9)
     for value in (3.0, 7.0):
-        copy_weights(linear(value), policy)
-        half.update(policy)
+        copy_weights(weights_of(linear(value)), weights_of(policy))
+        half.update(weights_of(policy))
         if value == 3.0:
-            slow.update(policy)
-            assert weights(half.model) == [2.0] * 3
-    assert weights(half.model) == [4.5] * 3
-    assert weights(slow.model) == [1.2] * 3
+            slow.update(weights_of(policy))
+            assert values(half.average) == [2.0] * 3
+    assert values(half.average) == [4.5] * 3
+    assert values(slow.average) == [1.2] * 3
     assert (half.version, slow.version) == (2, 1)
     assert weights(policy) == [7.0] * 3  # the policy itself is only read
 
 
 @pytest.mark.parametrize(("decay", "expected"), [(0.0, 3.0), (1.0, 1.0)])
 def test_ends_of_the_range(decay, expected):
-    policy = linear(1.0)
-    ema = EMA(policy, decay)
-    copy_weights(linear(3.0), policy)
-    ema.update(policy)
-    assert weights(ema.model) == [expected] * 3
+    ema = average_of(linear(1.0), decay)
+    ema.update(weights_of(linear(3.0)))
+    assert values(ema.average) == [expected] * 3
 
 
 def test_decay_out_of_range_is_refused():
     with pytest.raises(ValueError, match=r"ema_decay = 1\.5"):
-        EMA(linear(1.0), 1.5)
+        average_of(linear(1.0), 1.5)
 
 
 def test_copy_is_independent_and_frozen():
@@ -56,37 +64,36 @@ def test_copy_is_independent_and_frozen():
     assert not any(p.requires_grad for p in twin.parameters())
 
 
-def test_tied_weights_move_once():
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embedding = nn.Embedding(3, 2)
-            self.head = nn.Linear(2, 3, bias=False)
-            self.head.weight = self.embedding.weight
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(3, 2)
+        self.head = nn.Linear(2, 3, bias=False)
+        self.head.weight = self.embedding.weight
 
+
+def test_tied_weights_move_once_and_a_model_sees_it():
     policy = Tied()
     nn.init.constant_(policy.embedding.weight, 1.0)
-    ema = EMA(policy, 0.5)
+    twin = frozen_copy(policy)
+    ema = EMA(weights_of(twin), 0.5)
     nn.init.constant_(policy.embedding.weight, 3.0)
-    ema.update(policy)
-    torch.testing.assert_close(ema.model.head.weight.data, torch.full((3, 2), 2.0))
+    ema.update(weights_of(policy))
+    torch.testing.assert_close(twin.head.weight.data, torch.full((3, 2), 2.0))
 
 
 def test_served_copy_follows_the_average_in_its_own_type():
     policy = linear(1.0)
-    plain, cast = EMA(policy, 0.5), EMA(policy, 0.5, torch.bfloat16)
-    copy_weights(linear(1.3), policy)
+    plain, cast = average_of(policy, 0.5), average_of(policy, 0.5, torch.bfloat16)
     for ema in (plain, cast):
-        ema.update(policy)
-    assert weights(cast.model) == weights(plain.model)
-    assert plain.served is plain.model
-    expected = [p.to(torch.bfloat16) for p in plain.model.parameters()]
-    assert all(torch.equal(a, b) for a, b in zip(cast.served.parameters(), expected, strict=True))
+        ema.update(weights_of(linear(1.3)))
+    assert values(cast.average) == values(plain.average)
+    assert plain.serving is plain.average and cast.serving is cast.served
+    assert all(torch.equal(a, b.to(torch.bfloat16)) for a, b in zip(cast.serving, plain.average, strict=True))
 
 
-def test_loaded_average_is_served():
-    policy, other = linear(1.0), linear(2.0)
-    ema = EMA(policy, 0.5, torch.bfloat16)
-    ema.load_state_dict(other.state_dict(), version=7)
-    assert weights(ema.served) == weights(ema.model) == [2.0] * 3
-    assert ema.version == 7
+def test_an_update_that_is_not_served_leaves_the_copy():
+    ema = average_of(linear(1.0), 0.5, torch.float32)
+    ema.update(weights_of(linear(3.0)), serve=False)
+    assert (values(ema.average), values(ema.serving)) == ([2.0] * 3, [1.0] * 3)
+    assert (ema.version, ema.served_version) == (1, 0)

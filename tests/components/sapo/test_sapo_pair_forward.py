@@ -17,6 +17,7 @@ from components.sapo.pair_forward import (
     response_logps,
     sequence_nll,
     token_logps,
+    whole_sequences,
 )
 
 #         prompt                 chosen                rejected
@@ -244,7 +245,8 @@ def test_flex_attention_sees_what_attention_per_pair_sees(window):
 def test_sequence_nll_is_transformers_own_loss(share):
     model = tiny("llama")
     sequences = [([5, 6, 7], [8, 9]), ([5], [8, 9, 10, 2])]
-    nll = sequence_nll(model, sequences, pad_id=0, share=share)
+    batch = whole_sequences(sequences, pad_id=0, share=share)
+    nll = sequence_nll(response_logps(model, batch), batch)
     for value, (prompt, response) in zip(nll, sequences, strict=True):
         ids = torch.tensor([prompt + response])
         assert value.item() == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), abs=1e-5)

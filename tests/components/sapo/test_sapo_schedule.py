@@ -68,7 +68,7 @@ def test_overlap_is_sync_shifted_by_one_step(trainer, settings):
     assert isinstance(overlap.schedule, Overlap)
     assert entries(overlap) == entries(by_hand)
     assert torch.equal(weights(overlap.model), weights(by_hand.model))
-    assert torch.equal(weights(overlap.ema.model), weights(by_hand.ema.model))
+    assert torch.equal(weights(overlap.ema_model), weights(by_hand.ema_model))
 
 
 def test_weights_of_overlap_are_one_step_older(trainer):
@@ -168,7 +168,7 @@ def test_pushes_follow_their_interval(trainer):
     run.sampler.load = watched
     run.train()
     assert pushed == [(3, 3), (6, 6)]
-    assert run.ema.served is not run.ema.model
+    assert run.served_model is not run.ema_model
     versions = [e.version for e in run.buffer._entries]
     assert set(versions) <= {0, 3, 6}
 
@@ -179,7 +179,7 @@ def test_what_is_served_is_the_ema_of_the_last_push(trainer):
     for run in (late, always):
         run.sampler.generate = lambda prompts, limits, seeds: [[7] * limit for limit in limits]  # whatever the weights
         run.train()
-    torch.testing.assert_close(weights(late.ema.served), weights(always.ema.model), atol=1e-5, rtol=0)
+    torch.testing.assert_close(weights(late.served_model), weights(always.ema_model), atol=1e-5, rtol=0)
     assert late.ema.served_version == 2 and late.ema.version == 3
 
 

@@ -80,7 +80,7 @@ def test_ema_follows_equation_6_through_training(trainer, micro_model):
     run = trainer(ema_decay=0.75, ema_interval=1, max_steps=1, warmup_steps=0)
     start = weights(load_model(str(micro_model), torch.float32))
     run.train()
-    torch.testing.assert_close(weights(run.ema.model), 0.75 * start + 0.25 * weights(run.model), atol=1e-7, rtol=1e-5)
+    torch.testing.assert_close(weights(run.ema_model), 0.75 * start + 0.25 * weights(run.model), atol=1e-7, rtol=1e-5)
     assert not torch.equal(weights(run.model), start)
 
 
@@ -89,7 +89,7 @@ def test_reference_is_refreshed_at_its_interval(trainer, micro_model, reference)
     run = trainer(reference=reference, reference_interval=2, max_steps=2)
     run.train()
     start = load_model(str(micro_model), torch.float32)
-    expected = {"ema": run.ema.model, "policy": run.model, "fixed": start}[reference]
+    expected = {"ema": run.ema_model, "policy": run.model, "fixed": start}[reference]
     assert torch.equal(weights(run.reference), weights(expected))
 
 
@@ -275,8 +275,8 @@ def test_bfloat16_trains_and_samples_with_a_copy_of_the_average(trainer, loss_ty
     run = trainer(bf16=True, loss_type=loss_type, max_steps=3)
     run.train()
     assert {p.dtype for p in run.sampler.model.parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in run.ema.model.parameters()} == {torch.float32}
-    served = [p.to(torch.bfloat16) for p in run.ema.model.parameters()]
+    assert {p.dtype for p in run.ema_model.parameters()} == {torch.float32}
+    served = [p.to(torch.bfloat16) for p in run.ema_model.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(run.sampler.model.parameters(), served, strict=True))
     assert all(math.isfinite(entry["loss"]) for entry in run.state.log_history if "loss" in entry)
 

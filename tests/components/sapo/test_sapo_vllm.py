@@ -73,13 +73,13 @@ def entries(run: SAPOTrainer) -> list[tuple]:
 
 def test_the_engine_serves_the_ema_after_training(trainer, tmp_path):
     run = trainer(tmp_path, temperature=0.0)
-    before = weights(run.ema.model).clone()
+    before = weights(run.ema_model).clone()
     run.train()
     assert run.sampler.version == run.ema.version == 6
-    assert (weights(run.ema.model) - before).norm() > 0.01 * before.norm()
+    assert (weights(run.ema_model) - before).norm() > 0.01 * before.norm()
     prompts = [run.train_dataset[i]["prompt_ids"] for i in range(4)]
     greedy = SamplingSettings(0.0, 0, 1.0, run.stop_ids)
-    expected = HFSampler(run.ema.model, greedy, run.pad_id).generate(prompts, [8] * 4, [0] * 4)
+    expected = HFSampler(run.ema_model, greedy, run.pad_id).generate(prompts, [8] * 4, [0] * 4)
     assert run.sampler.generate(prompts, [8] * 4, [0] * 4) == expected
 
 
@@ -124,7 +124,7 @@ def test_overlap_resumes_to_the_same_weights(trainer, tmp_path):
     resumed.train(resume_from_checkpoint=True)
     assert entries(resumed) == entries(whole)
     assert torch.equal(weights(resumed.model), weights(whole.model))
-    assert torch.equal(weights(resumed.ema.model), weights(whole.ema.model))
+    assert torch.equal(weights(resumed.ema_model), weights(whole.ema_model))
 
 
 def test_a_request_does_not_depend_on_its_batch(trainer, tmp_path):

@@ -1,0 +1,360 @@
+"""Where the trained parameters lie: whole in every process (one process, DDP), or in parts (ZeRO-2, ZeRO-3, FSDP2).
+
+What self-play adds to training (the EMA, the reference, their checkpoints) works on *parts*: this process's elements of each
+trained parameter, as one flat float32 tensor. An update of the EMA or a refresh of the reference touches parts only, with no
+collective. A whole parameter exists for as long as it is pushed to the sampler, one at a time.
+
+    Whole     the parameter itself
+    Zero2     fragments of the float32 masters that DeepSpeed's optimizer holds; the parameters themselves are whole
+    Zero3     DeepSpeed's partition: float32 masters in the optimizer, and what forward reads (bfloat16 in bf16 runs) beside
+    FSDP2     the local tensor of a DTensor, in float32; forward reads a cast of it
+
+Only parameters that are trained count: with LoRA these are the adapter's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from components.common.errors import UserError
+
+
+def layout_of(policy: nn.Module, optimizer: Any) -> Whole:
+    """The layout of a policy that accelerate has prepared.
+
+    Args:
+        policy: the model without its wrapper.
+        optimizer: the trainer's, which DeepSpeed has replaced by its own.
+
+    Raises:
+        UserError: the model is sharded in a way that is not known here.
+    """
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    kind: type[Whole] = Whole
+    if any(hasattr(p, "ds_id") for p in parameters):
+        kind = Zero3
+    elif any(hasattr(p, "_hp_mapping") for p in parameters):
+        kind = Zero2
+    elif any(isinstance(p, DTensor) for p in parameters):
+        kind = FSDP2
+        if any(not (len(p.placements) == 1 and p.placements[0].is_shard(0)) for p in parameters):  # type: ignore[attr-defined]
+            raise UserError(
+                "parameters are sharded over more than one dimension of devices: use ddp, zero2, zero3 or fsdp2"
+            )
+    return kind(policy, _innermost(optimizer))
+
+
+def _innermost(optimizer: Any) -> Any:
+    """torch's optimizer inside accelerate's and DeepSpeed's wrappers."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+class Whole:
+    """Every process holds all of every parameter.
+
+    Args:
+        policy: the model without its wrapper.
+        optimizer: torch's optimizer.
+
+    Attributes:
+        names: of the trained parameters; every list of parts is in this order.
+        sharded: whether processes hold different parts.
+    """
+
+    sharded = False
+
+    def __init__(self, policy: nn.Module, optimizer: Any) -> None:
+        self.policy = policy
+        self.optimizer = optimizer
+        trained = [(name, parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad]
+        self.names = [name for name, _ in trained]
+        self.parameters: list[Any] = [parameter for _, parameter in trained]
+
+    def parts(self) -> list[Tensor]:
+        """This process's parts, flat, float32; what the optimizer updates."""
+        return [parameter.data.view(-1) for parameter in self.parameters]
+
+    def span(self, index: int) -> tuple[int, int]:
+        """(first element, number of elements) of this process's part of a parameter; a part may be padded beyond."""
+        return 0, self.parameters[index].numel()
+
+    def size(self, name: str) -> int:
+        """Elements of a whole parameter."""
+        parameter = self.parameters[self.names.index(name)]
+        return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+    def whole(self, index: int, part: Tensor) -> Tensor:
+        """A whole parameter from every process's part of it; all processes must call this."""
+        return part.view(self.parameters[index].shape)
+
+    def weights(self, parts: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Whole parameters by name, one at a time; all processes must go through them together."""
+        for index, (name, part) in enumerate(zip(self.names, parts, strict=True)):
+            yield name, self.whole(index, part)
+
+    @contextmanager
+    def seated(self, parts: Sequence[Tensor]) -> Iterator[None]:
+        """Lets the policy's forward pass run with other parts; the policy's own come back bit for bit. Not for backward."""
+        mine = self._seats()
+        before = [seat.clone() for seat in mine]
+        try:
+            self._seat(mine, parts)
+            yield
+        finally:
+            self._seat(mine, before)
+
+    def load(self, parts: Sequence[Tensor]) -> None:
+        """Puts the policy at these parts: what the optimizer updates, and what forward reads."""
+        with torch.no_grad():
+            torch._foreach_copy_(self.parts(), list(parts))
+            self._publish()
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """This process's parts of the optimizer's state by "<parameter>/<key>", and scalars such as its step count.
+
+        The tensors are those of the optimizer, not copies.
+        """
+        found: dict[str, Any] = {}
+        for index, name in enumerate(self.names):
+            for key, value in self._state_of(index).items():
+                found[f"{name}/{key}"] = value
+        return found
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Restores `optimizer_state`."""
+        by_parameter: dict[str, dict[str, Any]] = {}
+        for path, value in state.items():
+            name, key = path.rsplit("/", 1)
+            by_parameter.setdefault(name, {})[key] = value
+        for index, name in enumerate(self.names):
+            self._load_state_of(index, by_parameter.get(name, {}))
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over processes of what each has worked out from its parts."""
+        if self.sharded:
+            dist.all_reduce(value)
+        return value
+
+    # What differs between the layouts.
+
+    def _seats(self) -> list[Tensor]:
+        """The tensors that forward reads."""
+        return self.parts()
+
+    def _seat(self, seats: list[Tensor], values: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(seats, list(values))
+
+    def _publish(self) -> None:
+        """Makes what forward reads follow what the optimizer updates."""
+
+    def _state_of(self, index: int) -> dict[str, Any]:
+        return {key: _flat(value) for key, value in self.optimizer.state.get(self.parameters[index], {}).items()}
+
+    def _load_state_of(self, index: int, state: dict[str, Any]) -> None:
+        parameter = self.parameters[index]
+        placed = {key: self._placed(parameter, value) for key, value in state.items()}
+        if placed:
+            self.optimizer.state[parameter] = placed
+
+    def _placed(self, parameter: Any, value: Any) -> Any:
+        """A value of the optimizer's state as the optimizer keeps it."""
+        if not isinstance(value, Tensor):
+            return torch.tensor(value) if isinstance(value, float) else value  # a step count
+        return value.view(parameter.shape).to(parameter.device) if value.numel() == parameter.numel() else value
+
+
+def _flat(value: Any) -> Any:
+    """A tensor of the optimizer's state as a part; a step count as a number."""
+    if not isinstance(value, Tensor):
+        return value
+    local = value.to_local() if hasattr(value, "to_local") else value
+    return float(local) if local.dim() == 0 else local.detach().reshape(-1)
+
+
+class Zero3(Whole):
+    """DeepSpeed's ZeRO-3: flat parts of equal size, the last ones padded."""
+
+    sharded = True
+
+    def parts(self) -> list[Tensor]:
+        return [p._z3_optimizer.get_local_fp32_param(p) for p in self.parameters]
+
+    def span(self, index: int) -> tuple[int, int]:
+        parameter = self.parameters[index]
+        size = parameter.ds_tensor.numel()
+        start = min(size * dist.get_rank(), parameter.ds_numel)
+        return start, min(size, parameter.ds_numel - start)
+
+    def whole(self, index: int, part: Tensor) -> Tensor:
+        parameter = self.parameters[index]
+        joined = part.new_empty(part.numel() * dist.get_world_size())
+        dist.all_gather_into_tensor(joined, part.contiguous())
+        return joined[: parameter.ds_numel].view(parameter.ds_shape)
+
+    def _seats(self) -> list[Tensor]:
+        return [parameter.ds_tensor.data for parameter in self.parameters]
+
+    def _seat(self, seats: list[Tensor], values: Sequence[Tensor]) -> None:
+        super()._seat(seats, values)
+        for index, parameter in enumerate(self.parameters):
+            if parameter.data.numel():  # DeepSpeed keeps small parameters whole beside their parts
+                parameter.data.copy_(self.whole(index, seats[index]))
+
+    def _publish(self) -> None:
+        self._seat(self._seats(), self.parts())
+
+    def _state_of(self, index: int) -> dict[str, Any]:
+        parameter = self.parameters[index]
+        zero = parameter._z3_optimizer
+        group = zero.grad_position[zero.get_param_id(parameter)][0]
+        flat = zero.optimizer.state.get(zero.fp32_partitioned_groups_flat[group], {})
+        return {key: self._part_of_state(parameter, key, value) for key, value in flat.items()}
+
+    def _part_of_state(self, parameter: Any, key: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return float(value)
+        return parameter._z3_optimizer.get_local_fp32_param(parameter, key)
+
+    def _load_state_of(self, index: int, state: dict[str, Any]) -> None:
+        parameter = self.parameters[index]
+        zero = parameter._z3_optimizer
+        group = zero.grad_position[zero.get_param_id(parameter)][0]
+        flat = zero.optimizer.state[zero.fp32_partitioned_groups_flat[group]]
+        _copy_state(self._state_of(index), flat, state)
+
+
+class Zero2(Whole):
+    """DeepSpeed's ZeRO-2: the optimizer's float32 masters are one flat tensor, cut evenly; a part is what a parameter has
+    in this process's cut, which may be nothing."""
+
+    sharded = True
+
+    def parts(self) -> list[Tensor]:
+        return [self._fragment(parameter, None) for parameter in self.parameters]
+
+    def span(self, index: int) -> tuple[int, int]:
+        mapping = self.parameters[index]._hp_mapping
+        return (0, 0) if mapping is None else (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
+
+    def whole(self, index: int, part: Tensor) -> Tensor:
+        parameter = self.parameters[index]
+        joined = part.new_zeros(parameter.numel())
+        start, length = self.span(index)
+        joined[start : start + length] = part
+        dist.all_reduce(joined)
+        return joined.view(parameter.shape)
+
+    @contextmanager
+    def seated(self, parts: Sequence[Tensor]) -> Iterator[None]:
+        before = [parameter.data.clone() for parameter in self.parameters]
+        try:
+            for index, parameter in enumerate(self.parameters):
+                parameter.data.copy_(self.whole(index, parts[index]))
+            yield
+        finally:
+            for parameter, value in zip(self.parameters, before, strict=True):
+                parameter.data.copy_(value)
+
+    def _publish(self) -> None:
+        for index, part in enumerate(self.parts()):
+            self.parameters[index].data.copy_(self.whole(index, part))
+
+    def _fragment(self, parameter: Any, key: str | None) -> Tensor:
+        if parameter._hp_mapping is None:
+            return parameter.data.new_empty(0, dtype=torch.float32)
+        return parameter._hp_mapping.get_hp_fragment(optim_state_key=key)
+
+    def _state_of(self, index: int) -> dict[str, Any]:
+        parameter = self.parameters[index]
+        return {key: self._part_of_state(parameter, key, value) for key, value in self._flat_state(parameter).items()}
+
+    def _part_of_state(self, parameter: Any, key: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return float(value)
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return value.new_empty(0)
+        address = mapping.get_hp_fragment_address()
+        return value.narrow(0, address.start, address.numel)
+
+    def _flat_state(self, parameter: Any) -> dict[str, Any]:
+        """The state of the flat master of a parameter's group."""
+        for group in self.optimizer.param_groups:
+            for flat in group["params"]:
+                mapping = parameter._hp_mapping
+                if mapping is None or _lies_within(mapping.get_hp_fragment(), flat):
+                    return self.optimizer.state.get(flat, {})
+        raise RuntimeError("a parameter's master is in no group of the optimizer")
+
+    def _load_state_of(self, index: int, state: dict[str, Any]) -> None:
+        _copy_state(self._state_of(index), self._flat_state(self.parameters[index]), state)
+
+
+class FSDP2(Whole):
+    """torch's fully_shard: each process holds some of a parameter's rows."""
+
+    sharded = True
+
+    def parts(self) -> list[Tensor]:
+        return [parameter.to_local().detach().view(-1) for parameter in self.parameters]
+
+    def span(self, index: int) -> tuple[int, int]:
+        parameter = self.parameters[index]
+        rows = parameter.shape[0]
+        per_rank = -(-rows // dist.get_world_size())
+        row_size = parameter.numel() // rows
+        return min(per_rank * dist.get_rank(), rows) * row_size, parameter.to_local().numel()
+
+    def whole(self, index: int, part: Tensor) -> Tensor:
+        return self._placed(self.parameters[index], part).full_tensor()
+
+    def _seat(self, seats: list[Tensor], values: Sequence[Tensor]) -> None:
+        super()._seat(seats, values)
+        for module in self.policy.modules():
+            if isinstance(module, FSDPModule):  # gathered weights that outlive a forward pass would be the old ones
+                module.reshard()
+
+    def _placed(self, parameter: Any, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return torch.tensor(value) if isinstance(value, float) else value
+        local = value.view(parameter.to_local().shape).to(parameter.to_local().device)
+        return DTensor.from_local(
+            local, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+        )
+
+
+def _copy_state(views: dict[str, Any], flat: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Fills parts of a flat state with what was saved; numbers, which all parts share, are put in place."""
+    for key, value in saved.items():
+        if isinstance(value, Tensor):
+            views[key].copy_(value)
+        elif isinstance(flat.get(key), Tensor):
+            flat[key].fill_(value)
+        else:
+            flat[key] = type(flat[key])(value) if key in flat else value
+
+
+def _lies_within(part: Tensor, whole: Tensor) -> bool:
+    start, size = whole.data_ptr(), whole.numel() * whole.element_size()
+    return start <= part.data_ptr() < start + size
+
+
+@torch.no_grad()
+def relative_distance(layout: Whole, parts: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+    """|theta - theta_other| / |theta_other| over all trained parameters, in the Euclidean norm."""
+    # One parameter at a time: a difference of all at once would be another copy of the model.
+    difference = torch.stack([(mine - theirs).norm() for mine, theirs in zip(parts, others, strict=True)])
+    size = torch.stack([theirs.norm() for theirs in others])
+    squares = layout.sum(torch.stack([difference.square().sum(), size.square().sum()]))
+    return float((squares[0] / squares[1]).sqrt())
