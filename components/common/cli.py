@@ -123,9 +123,10 @@ class ConfigParser:
         if str in members and not structured:
             return text
         try:
-            return yaml.safe_load(text)
+            value = yaml.safe_load(text)
         except yaml.YAMLError:
             return text
+        return [value] if isinstance(value, str) and list[str] in members else value  # `--names a` is a list of one
 
     def _checked(self, values: dict[str, Any], where: str) -> dict[str, Any]:
         checked = {}

@@ -2,7 +2,7 @@
 
 One optimizer step is one iteration of the paper:
     get_batch_samples    lines 6-11, 14: sample rows, regenerate B with the EMA, fill the buffer, draw a batch from it
-    compute_loss         line 15: DPO or ORPO on the drawn pairs
+    compute_loss         line 15: the preference loss on the drawn pairs
     (Trainer)            line 16: the optimizer step
     _SelfPlayCallback    line 17: the EMA, then the reference
 """
@@ -42,7 +42,7 @@ from components.sapo import checkpoint, self_play, state
 from components.sapo.checkpoint import CheckpointReader, CheckpointWriter
 from components.sapo.config import SAPOConfig
 from components.sapo.ema import EMA, copy_weights, frozen_copy, relative_distance
-from components.sapo.losses import PairLoss, dpo_loss, orpo_loss
+from components.sapo.losses import LOSSES, PairLoss
 from components.sapo.pair_forward import (
     PairBatch,
     PairIds,
@@ -77,7 +77,7 @@ class SAPOTrainer(Trainer):
         callbacks: as in `Trainer`.
 
     Attributes:
-        ema, buffer, reference, sampler: the parts of the method; `reference` is None for ORPO.
+        ema, buffer, reference, sampler: the parts of the method; `reference` is None for a loss without one (ORPO).
     """
 
     args: SAPOConfig
@@ -102,7 +102,8 @@ class SAPOTrainer(Trainer):
         _disable_dropout(model)
         # Copies are made before Trainer wraps the policy's forward: a later deepcopy would run the policy's weights.
         self.ema = EMA(model, args.ema_decay, args.served_dtype())
-        self.reference = frozen_copy(model) if args.loss_type == "dpo" else None
+        self.preference = LOSSES[args.loss_type]
+        self.reference = frozen_copy(model) if self.preference.reference else None
         train_rows = _tokenised(train_dataset, processing_class, max_prompt_length, args.max_length)
         eval_rows = _tokenised(eval_dataset, processing_class, max_prompt_length, args.max_length)
         super().__init__(
@@ -207,9 +208,9 @@ class SAPOTrainer(Trainer):
         return {"batch": batch, "pairs": pairs, "input_ids": batch.model_inputs["input_ids"]}
 
     def _collate_pairs(self, pairs: list["_Pair"], whole: bool = False) -> PairBatch:
-        """Pairs for the model; DPO scores responses from where they differ, unless they are wanted `whole`."""
+        """Pairs for the model; what cancels in the loss is not scored, unless responses are wanted `whole`."""
         ids = [PairIds(pair.row["prompt_ids"], pair.row["chosen_ids"], pair.rejected.ids) for pair in pairs]
-        return collate(ids, self.pad_id, self.share_prefix, self.reference is not None and not whole)
+        return collate(ids, self.pad_id, self.share_prefix, self.preference.shared_cancels and not whole)
 
     def _rejected(self, entry: Entry) -> Rejected:
         return self_play.rejected_response(self.train_dataset[entry.row], entry, self.args, self.stop_ids)
@@ -238,14 +239,22 @@ class SAPOTrainer(Trainer):
         return loss.losses.mean()
 
     def _pair_loss(self, logps: Tensor, batch: PairBatch, pairs: list["_Pair"]) -> PairLoss:
-        """The loss of Eq. 1 or Eq. 3 from per-token log-probs, (2 * pairs, longest response)."""
-        if self.reference is None:
-            chosen, rejected = (logps.sum(dim=1) / batch.response_mask.sum(dim=1)).chunk(2)
-            nll = self._sequence_nll(pairs) if self.args.nll_scope == "sequence" else -chosen
-            return orpo_loss(chosen, rejected, nll, self.args.orpo_lambda)
-        chosen, rejected = logps.sum(dim=1).chunk(2)
-        reference_chosen, reference_rejected = self._reference_logps(pairs).to(logps.device)
-        return dpo_loss(chosen, rejected, reference_chosen, reference_rejected, self.args.beta)
+        """The loss of each pair from per-token log-probs, (2 * pairs, longest response)."""
+        extras: tuple[Tensor, ...] = ()
+        chosen, rejected = self._per_response(logps, batch).chunk(2)
+        if self.preference.reference:
+            extras += self._reference_logps(pairs).to(logps.device).unbind()
+        if self.preference.nll:
+            extras += (self._sequence_nll(pairs) if self.args.nll_scope == "sequence" else -chosen,)
+        return self.preference.function(chosen, rejected, *extras, self._weight())
+
+    def _per_response(self, logps: Tensor, batch: PairBatch) -> Tensor:
+        """What the loss reads of per-token log-probs, (2 * pairs,): their sum, or their mean over response tokens."""
+        sums = logps.sum(dim=1)
+        return sums / batch.response_mask.sum(dim=1) if self.preference.per_token else sums
+
+    def _weight(self) -> float:
+        return float(getattr(self.args, self.preference.weight))
 
     @torch.no_grad()
     def _reference_logps(self, pairs: list["_Pair"]) -> Tensor:
@@ -257,7 +266,7 @@ class SAPOTrainer(Trainer):
         if missing:
             by_id = dict(zip(ids, pairs, strict=True))
             batch = self._collate_pairs([by_id[i] for i in missing]).to(self.args.device)
-            scored = response_logps(self.reference, batch).sum(dim=1)
+            scored = self._per_response(response_logps(self.reference, batch), batch)
             self.reference_cache.store(missing, torch.stack(scored.chunk(2)))
         return self.reference_cache.get(ids)
 
@@ -350,7 +359,7 @@ class SAPOTrainer(Trainer):
 
     @torch.no_grad()
     def _score(self, pairs: list["_Pair"]) -> Tensor:
-        """The policy's log-probs of both responses, (2, pairs): sums for DPO, means per token for ORPO."""
+        """The policy's log-probs of both responses, (2, pairs): sums, or means per token, as the loss takes them."""
         model, scores = self.policy, []
         was_training = model.training
         model.eval()
@@ -358,9 +367,7 @@ class SAPOTrainer(Trainer):
             some = pairs[low : low + self.args.per_device_eval_batch_size]
             batch = self._collate_pairs(some, whole=True).to(self.args.device)
             with self.accelerator.autocast():
-                logps = response_logps(model, batch).sum(dim=1)
-            if self.reference is None:
-                logps = logps / batch.response_mask.sum(dim=1)
+                logps = self._per_response(response_logps(model, batch), batch)
             scores.append(torch.stack(logps.chunk(2)).cpu())
         model.train(was_training)
         return torch.cat(scores, dim=1)
@@ -368,13 +375,14 @@ class SAPOTrainer(Trainer):
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """How far the policy has moved from the start model on the held-out pairs.
 
-        Rewards are the change of the log-prob since the start: times beta for DPO, per token for ORPO. So every run
-        begins at a margin of exactly 0, and a margin above 0 means that y+ gained on y-.
+        Rewards are the change of the log-prob since the start: times beta where the loss has a reference (DPO, IPO), per
+        token where it takes means (ORPO, IPO). So every run begins at a margin of exactly 0, and a margin above 0 means
+        that y+ gained on y-.
         """
         if self.held_out is None:
             raise ValueError("eval_dataset: held-out rows are needed to evaluate")
         now = self._score(self.held_out.pairs)
-        scale = self.args.beta if self.reference is not None else 1.0
+        scale = self._weight() if self.preference.reference else 1.0
         chosen, rejected = scale * (now - self.held_out.start_logps)
         metrics = {
             "rewards/chosen": chosen.mean(),

@@ -63,6 +63,7 @@ def test_recipe_may_give_required_settings(recipe):
         (["--steps", "epoch"], "steps", "epoch"),
         (["--steps", "12"], "steps", 12),
         (["--names", "[a, b]"], "names", ["a", "b"]),
+        (["--names", "a"], "names", ["a"]),
         (["--source", "123"], "source", "123"),
         (["--settings", ""], "rate", 0.1),
     ],
