@@ -80,6 +80,13 @@ def test_yaml_numbers_without_a_point_are_numbers(recipe):
     ("argv", "message"),
     [
         (["--rat", "1"], r"unknown argument '--rat'; did you mean 'rate'\?"),
+        (["--rat=1"], r"unknown argument '--rat=1'; did you mean 'rate'\?"),
+        (["rate"], r"unknown argument 'rate'; `python -m components.toy --help`"),
+        (["--rate"], r"^--rate: needs a value \(float\): Share of rows, within \[0, 1\]\.$"),
+        (["--rate", "--fast"], r"^--rate: needs a value"),
+        (["--rate="], r"^--rate: needs a value"),
+        (["--kind"], r"^--kind: needs a value \(dpo\|orpo\): Loss"),
+        (["--config"], r"^--config: needs a value; `python -m components.toy --help`"),
         (["--rate", "fast"], r"command line: rate = 'fast' is not valid: .*valid number"),
         (["--rate", "2"], r"rate = 2.0: must be within \[0, 1\]"),
         (["--kind", "ppo"], r"kind = 'ppo' is not valid: .*'dpo' or 'orpo'"),
