@@ -12,12 +12,14 @@ Exit codes: 0 done; 1 a stage or a run failed, the cluster cannot be reached, or
 """
 
 import argparse
+import difflib
 import json
+import re
 import sys
 import textwrap
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -55,7 +57,10 @@ _TRAINJOB = """Print one method of a run as a TrainJob of Kubeflow Trainer: the 
 def main(argv: Sequence[str]) -> int:
     """Runs one command and returns the exit code."""
     try:
-        arguments = _parser(with_parameters=not {"-h", "--help"}.isdisjoint(argv)).parse_args(argv)
+        parser = _parser(with_parameters=not {"-h", "--help"}.isdisjoint(argv))
+        arguments, unknown = parser.parse_known_args(argv)
+        if unknown:
+            _refuse_unknown(unknown[0], arguments.usage)
         if arguments.command == "compile":
             return _compile(arguments.check)
         return {"run": _run, "submit": _submit, "trainjob": _trainjob}[arguments.command](arguments)
@@ -72,11 +77,23 @@ def main(argv: Sequence[str]) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, as the stages do, and not below the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `{self.prog} --help` tells more")
+
+
+def _refuse_unknown(given: str, usage: str) -> NoReturn:
+    """Raises UserError for an argument that the command has not, with the flag of its usage that is nearest."""
+    close = difflib.get_close_matches(given.partition("=")[0], re.findall(r"--\w+", usage), n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise UserError(f"unknown argument {given!r}{hint}")
+
+
 def _parser(with_parameters: bool) -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "python -m pipelines", description=__doc__, formatter_class=form, allow_abbrev=False
-    )
+    parser = _Parser("python -m pipelines", description=__doc__, formatter_class=form, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{compile,run,submit,trainjob}")
 
     about = "Compile every pipeline to pipelines/compiled/NAME.yaml."
@@ -111,6 +128,8 @@ def _parser(with_parameters: bool) -> argparse.ArgumentParser:
         "trainjob", help=about, description=_TRAINJOB, formatter_class=form, allow_abbrev=False
     )
     _add_trainjob(command)
+    for command in commands.choices.values():
+        command.set_defaults(usage=command.format_usage())
     return parser
 
 

@@ -84,9 +84,13 @@ class ConfigParser:
         Raises:
             UserError: naming the setting, the value and what is allowed.
         """
-        namespace, rest = self._argument_parser().parse_known_args(argv)
+        try:
+            namespace, rest = self._argument_parser().parse_known_args(argv)
+        except argparse.ArgumentError as error:  # the only one: a flag without its value
+            raise UserError(self._without_value(str(error.argument_name))) from None
         if rest:
-            raise UserError(f"unknown argument {rest[0]!r}{self._suggestion(rest[0].lstrip('-').partition('=')[0])}")
+            name = rest[0].lstrip("-").partition("=")[0] if rest[0].startswith("--") else ""
+            raise UserError(f"unknown argument {rest[0]!r}{self._suggestion(name)}")
         given = vars(namespace)
         config_file, settings = given.pop("config"), given.pop("settings")
         values: dict[str, Any] = {}
@@ -101,6 +105,12 @@ class ConfigParser:
             self._build_all(session.without_buckets(values))  # wrong settings are told before anything is fetched
             values = running.prepare(values, self.fields)
         return self._build_all(values)
+
+    def _without_value(self, flag: str) -> str:
+        name = flag.lstrip("-")
+        if name not in self.fields:  # --config, --settings
+            return f"{flag}: needs a value; `python -m components.{self.stage} --help` tells which"
+        return f"{flag}: needs a value ({_type_name(self.hints[name])}): {self.fields[name].metadata.get('help', '')}"
 
     def _build_all(self, values: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(self._build(config_class, values) for config_class in self.config_classes)
@@ -119,13 +129,16 @@ class ConfigParser:
         members = _members(self.hints[name])
         if type(None) in members and text.lower() in ("none", "null", ""):
             return None
+        if not text.strip() and str not in members:
+            raise UserError(self._without_value(f"--{name}"))
         structured = set(members) - {str, type(None)} and text.startswith(("{", "["))
         if str in members and not structured:
             return text
         try:
-            return yaml.safe_load(text)
+            value = yaml.safe_load(text)
         except yaml.YAMLError:
             return text
+        return [value] if isinstance(value, str) and list[str] in members else value  # `--names a` is a list of one
 
     def _checked(self, values: dict[str, Any], where: str) -> dict[str, Any]:
         checked = {}

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from components.common import training
 from components.common.cli import setting
+from components.sapo.losses import LOSSES, LossType
 
 
 @dataclass(kw_only=True)
@@ -21,8 +22,8 @@ class SAPOConfig(TrainingArguments):
     """
 
     # The loss
-    loss_type: Literal["dpo", "orpo"] = setting("dpo", "Preference loss on the pairs.", "both: Eq. 1 and Eq. 3")
-    beta: float = setting(0.1, "DPO: strength of the pull towards the reference.", "0.1")
+    loss_type: LossType = setting("dpo", "Preference loss on the pairs.", "dpo and orpo: Eq. 1 and Eq. 3")
+    beta: float = setting(0.1, "DPO, IPO: strength of the pull towards the reference.", "0.1")
     orpo_lambda: float = setting(0.05, "ORPO: weight of the odds-ratio term.", "0.05")
 
     nll_scope: Literal["response", "sequence"] = setting(
@@ -75,11 +76,13 @@ class SAPOConfig(TrainingArguments):
     ema_decay: float = setting(0.5, "alpha of Eq. 6: share of the old average kept by an update.", "0.5")
     ema_interval: int = setting(2, "Optimizer steps between EMA updates.", "2; 1 in the authors' code")
     reference: Literal["ema", "policy", "fixed"] = setting(
-        "ema", "DPO: what the reference is refreshed from; `fixed` keeps the start model.", "ema; ablated in Table 4"
+        "ema",
+        "DPO, IPO: what the reference is refreshed from; `fixed` keeps the start model.",
+        "ema; ablated in Table 4",
     )
     reference_interval: int | Literal["epoch"] = setting(
         "epoch",
-        "DPO: optimizer steps between refreshes of the reference.",
+        "DPO, IPO: optimizer steps between refreshes of the reference.",
         "periodically; 108 steps (an epoch) in the code",
     )
 
@@ -130,8 +133,8 @@ class SAPOConfig(TrainingArguments):
         self._require("max_length", self.max_length >= 2, "must be 2 or more (a prompt and a response)")
         self._require("ema_decay", 0 <= self.ema_decay <= 1, "must be within [0, 1]")
         self._require("top_p", 0 < self.top_p <= 1, "must be within (0, 1]")
-        scope_fits = self.loss_type == "orpo" or self.nll_scope == "response"
-        self._require("nll_scope", scope_fits, "`sequence` is for loss_type = orpo; DPO has no L_SFT")
+        scope_fits = LOSSES[self.loss_type].nll or self.nll_scope == "response"
+        self._require("nll_scope", scope_fits, f"`sequence` is for loss_type = orpo; {self.loss_type} has no L_SFT")
         interval = self.reference_interval
         self._require("reference_interval", interval == "epoch" or int(interval) >= 1, "must be 1 or more, or `epoch`")
         strategy = str(getattr(self.save_strategy, "value", self.save_strategy))

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from components.common.chat_templates import EncodedRow
 from components.sapo.config import SAPOConfig
+from components.sapo.losses import LOSSES
 
 GIB = 2**30
 # Optimizer state per parameter, in float32 values.
@@ -33,7 +34,7 @@ def describe(rows: list[EncodedRow], dropped: int, model_config: Any, args: SAPO
 def _memory_lines(rows: list[EncodedRow], model_config: Any, args: SAPOConfig) -> list[str]:
     parameters = _parameters(model_config)
     copies = {"policy": 1, "gradients": 1, "optimizer": OPTIMIZER_STATES.get(str(args.optim), 2), "EMA": 1}
-    copies["reference"] = 1 if args.loss_type == "dpo" else 0
+    copies["reference"] = int(LOSSES[args.loss_type].reference)
     weights = 4 * parameters * sum(copies.values())
     parts = ", ".join(f"{name} {4 * parameters * n / GIB:.2f}" for name, n in copies.items() if n)
     # The vocabulary projection: logits, their float32 copy and the gradient live at once.

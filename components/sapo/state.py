@@ -48,7 +48,7 @@ def save(trainer: "SAPOTrainer", writer: CheckpointWriter) -> None:
     """Writes the trainer's state after a whole optimizer step."""
     layout = trainer.layout
     weights = {"policy": layout.parts(), "ema": trainer.ema.average}
-    if trainer.uses_reference:
+    if trainer.preference.reference:
         weights["reference"] = trainer.reference_weights
         writer.tensors("reference_cache", _to_tensors(trainer.reference_cache.state_dict()))
     if trainer.args.push_interval > 1:
@@ -105,7 +105,7 @@ def restore(trainer: "SAPOTrainer", reader: CheckpointReader) -> None:
         late = trainer.args.push_interval > 1
         copy_weights(_read_parts(reader, "served", layout, ema.served) if late else ema.average, ema.served)
     ema.version, ema.served_version = saved["version"], saved["served_version"]
-    if trainer.uses_reference:
+    if trainer.preference.reference:
         reference = trainer.reference_weights
         copy_weights(_read_parts(reader, "reference", layout, reference), reference)
         trainer.reference_cache.load_state_dict(_to_arrays(reader.tensors("reference_cache")))

@@ -2,7 +2,7 @@
 
 One optimizer step is one iteration of the paper:
     get_batch_samples    lines 6-11, 14: sample rows, regenerate B with the EMA, fill the buffer, draw a batch from it
-    compute_loss         line 15: DPO or ORPO on the drawn pairs
+    compute_loss         line 15: the preference loss on the drawn pairs
     (Trainer)            line 16: the optimizer step
     _SelfPlayCallback    line 17: the EMA, then the reference
 """
@@ -44,7 +44,7 @@ from components.sapo import checkpoint, self_play, state
 from components.sapo.checkpoint import CheckpointReader, CheckpointWriter
 from components.sapo.config import SAPOConfig
 from components.sapo.ema import EMA, copy_weights, frozen_copy, weights_of
-from components.sapo.losses import PairLoss, dpo_loss, orpo_loss
+from components.sapo.losses import LOSSES, PairLoss
 from components.sapo.pair_forward import (
     PairBatch,
     PairIds,
@@ -112,7 +112,7 @@ class SAPOTrainer(Trainer):
         if processing_class is None:
             raise ValueError("processing_class: is needed when model is not a directory")
         _disable_dropout(model)
-        self.uses_reference = args.loss_type == "dpo"
+        self.preference = LOSSES[args.loss_type]
         self.in_parts = args.is_sharded()
         self._copy_models(model, args)
         train_rows = _tokenised(train_dataset, processing_class, max_prompt_length, args.max_length)
@@ -168,7 +168,7 @@ class SAPOTrainer(Trainer):
         names = self.layout.names
         copied = None if dtype is None else weights_of(self.served_model, names)
         self.ema = EMA(weights_of(self.ema_model, names), args.ema_decay, copied)
-        if self.uses_reference:
+        if self.preference.reference:
             self.reference = frozen_copy(model).to(args.device)
             self.reference_weights = weights_of(self.reference, names)
 
@@ -247,9 +247,9 @@ class SAPOTrainer(Trainer):
         return {"batch": batch, "pairs": pairs, "ids": ids, "input_ids": batch.model_inputs["input_ids"]}
 
     def _collate_pairs(self, pairs: list["_Pair"], whole: bool = False) -> PairBatch:
-        """Pairs for the model; DPO scores responses from where they differ, unless they are wanted `whole`."""
+        """Pairs for the model; what cancels in the loss is not scored, unless responses are wanted `whole`."""
         ids = [PairIds(pair.row["prompt_ids"], pair.row["chosen_ids"], pair.rejected.ids) for pair in pairs]
-        return collate(ids, self.pad_id, self.share_prefix, self.uses_reference and not whole)
+        return collate(ids, self.pad_id, self.share_prefix, self.preference.shared_cancels and not whole)
 
     def _rejected(self, entry: Entry) -> Rejected:
         return self_play.rejected_response(self.train_dataset[entry.row], entry, self.args, self.stop_ids)
@@ -279,21 +279,25 @@ class SAPOTrainer(Trainer):
     def _pair_loss(
         self, model: nn.Module, batch: PairBatch, pairs: list["_Pair"], ids_of_all: list[list[int]]
     ) -> tuple[PairLoss, Tensor]:
-        """The loss of Eq. 1 or Eq. 3, and the log-prob of each response token, (2 * pairs, longest response)."""
-        if self.uses_reference:
+        """The loss of each pair, and the log-prob of each response token, (2 * pairs, longest response)."""
+        extras: tuple[Tensor, ...] = ()
+        if self.preference.reference:
             # First, as it may seat the reference's weights in the policy, and holds no activations afterwards.
-            reference_chosen, reference_rejected = self._reference_logps(pairs, ids_of_all).to(self.args.device)
-            (logps,) = pair_logps(model, self.policy, [batch])
-            chosen, rejected = logps.sum(dim=1).chunk(2)
-            return dpo_loss(chosen, rejected, reference_chosen, reference_rejected, self.args.beta), logps
-        if self.args.nll_scope == "response":
-            (logps,) = pair_logps(model, self.policy, [batch])
-            chosen, rejected = (logps.sum(dim=1) / batch.response_mask.sum(dim=1)).chunk(2)
-            return orpo_loss(chosen, rejected, -chosen, self.args.orpo_lambda), logps
-        sequences = self._sequences(pairs)
-        logps, of_sequences = pair_logps(model, self.policy, [batch, sequences])
-        chosen, rejected = (logps.sum(dim=1) / batch.response_mask.sum(dim=1)).chunk(2)
-        return orpo_loss(chosen, rejected, sequence_nll(of_sequences, sequences), self.args.orpo_lambda), logps
+            extras += self._reference_logps(pairs, ids_of_all).to(self.args.device).unbind()
+        batches = [batch, self._sequences(pairs)] if self.args.nll_scope == "sequence" else [batch]
+        logps, *of_sequences = pair_logps(model, self.policy, batches)
+        chosen, rejected = self._per_response(logps, batch).chunk(2)
+        if self.preference.nll:
+            extras += (sequence_nll(of_sequences[0], batches[1]) if of_sequences else -chosen,)
+        return self.preference.function(chosen, rejected, *extras, self._weight()), logps
+
+    def _per_response(self, logps: Tensor, batch: PairBatch) -> Tensor:
+        """What the loss reads of per-token log-probs, (2 * pairs,): their sum, or their mean over response tokens."""
+        sums = logps.sum(dim=1)
+        return sums / batch.response_mask.sum(dim=1) if self.preference.per_token else sums
+
+    def _weight(self) -> float:
+        return float(getattr(self.args, self.preference.weight))
 
     @torch.no_grad()
     def _reference_logps(self, pairs: list["_Pair"], ids_of_all: list[list[int]]) -> Tensor:
@@ -307,12 +311,11 @@ class SAPOTrainer(Trainer):
         self._metrics["reference/reused"].append(1 - len(missing) / len(ids))
         if any(self.reference_cache.missing(of_one) for of_one in ids_of_all):
             by_id = dict(zip(ids, pairs, strict=True))
-            scored = (
-                missing or ids[:1]
-            )  # forward is a common work of sharded processes, whether there is something to score
+            # Sharded processes go forward together, even the one that has nothing to score.
+            scored = missing or ids[:1]
             batch = self._collate_pairs([by_id[i] for i in scored]).to(self.args.device)
             with self._reference_model() as (model, policy):
-                logps = pair_logps(model, policy, [batch])[0].sum(dim=1)
+                logps = self._per_response(pair_logps(model, policy, [batch])[0], batch)
             found = of_all([(scored, torch.stack(logps.chunk(2)).float().cpu())])
             for entry_ids, values in found:
                 self.reference_cache.store(entry_ids, values)
@@ -373,7 +376,7 @@ class SAPOTrainer(Trainer):
                     self.push()
             if self.args.on_policy:
                 self.push()
-            if self.uses_reference and self.args.reference != "fixed" and step % self._reference_interval() == 0:
+            if self.preference.reference and self.args.reference != "fixed" and step % self._reference_interval() == 0:
                 source = self.ema.average if self.args.reference == "ema" else self.layout.parts()
                 copy_weights(source, self.reference_weights)
                 self.reference_cache.version += 1
@@ -424,7 +427,7 @@ class SAPOTrainer(Trainer):
 
     @torch.no_grad()
     def _score(self, pairs: list["_Pair"]) -> Tensor:
-        """The policy's log-probs of both responses, (2, pairs): sums for DPO, means per token for ORPO.
+        """The policy's log-probs of both responses, (2, pairs): sums, or means per token, as the loss takes them.
 
         Each process scores every n-th pair, all of them equally many: forward is a common work where the policy is sharded.
         """
@@ -438,9 +441,7 @@ class SAPOTrainer(Trainer):
             some = mine[low : low + self.args.per_device_eval_batch_size]
             batch = self._collate_pairs(some, whole=True).to(self.args.device)
             with self.accelerator.autocast():
-                logps = pair_logps(model, self.policy, [batch])[0].sum(dim=1)
-            if not self.uses_reference:
-                logps = logps / batch.response_mask.sum(dim=1)
+                logps = self._per_response(pair_logps(model, self.policy, [batch])[0], batch)
             scores.append(torch.stack(logps.chunk(2)).cpu())
         model.train(was_training)
         by_process = of_all([torch.cat(scores, dim=1)])  # each (2, mine)
@@ -449,13 +450,14 @@ class SAPOTrainer(Trainer):
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """How far the policy has moved from the start model on the held-out pairs.
 
-        Rewards are the change of the log-prob since the start: times beta for DPO, per token for ORPO. So every run
-        begins at a margin of exactly 0, and a margin above 0 means that y+ gained on y-.
+        Rewards are the change of the log-prob since the start: times beta where the loss has a reference (DPO, IPO), per
+        token where it takes means (ORPO, IPO). So every run begins at a margin of exactly 0, and a margin above 0 means
+        that y+ gained on y-.
         """
         if self.held_out is None:
             raise ValueError("eval_dataset: held-out rows are needed to evaluate")
         now = self._score(self.held_out.pairs)
-        scale = self.args.beta if self.uses_reference else 1.0
+        scale = self._weight() if self.preference.reference else 1.0
         chosen, rejected = scale * (now - self.held_out.start_logps)
         metrics = {
             "rewards/chosen": chosen.mean(),
@@ -539,7 +541,7 @@ class SAPOTrainer(Trainer):
         start, dtype = self.layout.parts(), self.args.served_dtype()
         served = None if dtype is None else [part.to(dtype, copy=True) for part in start]
         self.ema = EMA([part.clone() for part in start], self.args.ema_decay, served)
-        if self.uses_reference:
+        if self.preference.reference:
             dtype = torch.bfloat16 if self.args.bf16 else torch.float32
             self.reference_weights = [part.to(dtype, copy=True) for part in start]
 

@@ -127,3 +127,20 @@ def test_help_lists_every_parameter(run_cli: Cli, capsys: pytest.CaptureFixture[
     for path in COMPILED.glob("*.yaml"):
         for name in read_package(str(path)).parameters:
             assert f"  {name} (" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["run", "sapo", "--runn", "x"], "unknown argument '--runn'; did you mean --run?"),
+        (["run", "sapo", "--overwrit"], "unknown argument '--overwrit'; did you mean --overwrite?"),
+        (["run", "sapo", "more"], "unknown argument 'more'"),
+        (["run", "sapo", "--run"], "argument --run: expected one argument; `python -m pipelines run --help` tells"),
+        (["rn"], "invalid choice: 'rn' (choose from "),
+        ([], "the following arguments are required: "),
+    ],
+)
+def test_wrong_usage_is_told_in_one_line(run_cli: Cli, argv: list[str], message: str) -> None:
+    code, out, err = run_cli(*argv)
+    assert (code, out) == (2, "")
+    assert message in err and err.startswith("pipelines: error: ") and err.count("\n") == 1

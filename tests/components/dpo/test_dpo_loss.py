@@ -1,11 +1,11 @@
-"""The loss that the stage trains with equals Eq. 1 on log-probs from a plain forward pass."""
+"""The loss that the stage trains with equals ours, DPO's and IPO's, on log-probs from a plain forward pass."""
 
 import pytest
 import torch
 
 from components.common.models import load_model, load_tokenizer
 from components.common.preference import DPOSettings, preference_trainer
-from components.sapo.losses import dpo_loss
+from components.sapo.losses import LOSSES
 
 PAIRS = [
     {"prompt_ids": [5, 6, 7, 8, 9], "chosen_ids": [30, 31, 32, 33], "rejected_ids": [40, 41, 42, 43, 44, 45]},
@@ -21,7 +21,8 @@ def summed_logp(model, prompt: list[int], response: list[int]) -> torch.Tensor:
     return logps.gather(1, ids[0, 1:, None])[len(prompt) - 1 :].sum()
 
 
-def test_equals_our_loss(micro_model, tmp_path):
+@pytest.mark.parametrize(("loss_type", "theirs"), [("dpo", "sigmoid"), ("ipo", "ipo")])
+def test_equals_our_loss(micro_model, tmp_path, loss_type, theirs):
     policy, reference = (load_model(str(micro_model), torch.float32) for _ in range(2))
     torch.manual_seed(0)
     with torch.no_grad():
@@ -32,15 +33,20 @@ def test_equals_our_loss(micro_model, tmp_path):
         for model in (policy, reference)
         for name in ("chosen", "rejected")
     }
+    if LOSSES[loss_type].per_token:
+        logps = {(m, n): v / torch.tensor([len(p[f"{n}_ids"]) for p in PAIRS]) for (m, n), v in logps.items()}
     order = [(m, n) for m in (policy, reference) for n in ("chosen", "rejected")]
-    expected = dpo_loss(*(logps[key] for key in order), beta=0.3)
+    expected = LOSSES[loss_type].function(*(logps[key] for key in order), 0.3)
 
-    args = DPOSettings(output_dir=str(tmp_path), beta=0.3, bf16=False, use_cpu=True, report_to="none")
+    settings = {"loss_type": [theirs], "bf16": False, "use_cpu": True, "report_to": "none"}
+    args = DPOSettings(output_dir=str(tmp_path), beta=0.3, **settings)
     tokenizer = load_tokenizer(str(micro_model))
     trainer = preference_trainer("dpo", policy, reference, args, PAIRS, None, tokenizer)
     batch = next(iter(trainer.get_train_dataloader()))
     loss = trainer.compute_loss(trainer.model, batch)
     assert loss.item() == pytest.approx(expected.losses.mean().item(), abs=1e-5)
+    if loss_type == "ipo":
+        return  # TRL's rewards are sums there too
     margin = (expected.chosen_rewards - expected.rejected_rewards).mean().item()
     assert trainer._metrics["eval"]["rewards/margins"][-1] == pytest.approx(margin, abs=1e-5)
     assert abs(margin) > 1e-3

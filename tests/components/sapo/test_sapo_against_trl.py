@@ -51,7 +51,8 @@ def gradients(model) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def test_dpo(models, tmp_path, micro_model):
+@pytest.mark.parametrize(("loss_type", "theirs_type", "beta"), [("dpo", "sigmoid", 0.3), ("ipo", "ipo", 0.7)])
+def test_dpo_and_ipo(models, tmp_path, micro_model, loss_type, theirs_type, beta):
     from trl import DPOConfig, DPOTrainer
 
     class Pretokenised(DPOTrainer):
@@ -59,12 +60,13 @@ def test_dpo(models, tmp_path, micro_model):
             return dataset
 
     policy, reference = models
-    loss = our_loss(policy, reference, tmp_path, micro_model, beta=0.3)
+    loss = our_loss(policy, reference, tmp_path, micro_model, loss_type=loss_type, beta=beta)
     loss.backward()
     ours = gradients(policy)
 
     rows = Dataset.from_list([{"prompt_ids": PROMPT, "chosen_ids": CHOSEN, "rejected_ids": REJECTED}])
-    args = DPOConfig(output_dir=str(tmp_path), beta=0.3, max_length=None, per_device_train_batch_size=1, **COMMON)
+    settings = {"loss_type": [theirs_type], "beta": beta, "max_length": None, "per_device_train_batch_size": 1}
+    args = DPOConfig(output_dir=str(tmp_path), **settings, **COMMON)
     trainer = Pretokenised(
         policy, reference, args, train_dataset=rows, processing_class=load_tokenizer(str(micro_model))
     )

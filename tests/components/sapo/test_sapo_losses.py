@@ -1,11 +1,13 @@
-"""Losses against values worked by hand from Eqs. 1 and 3."""
+"""Losses against values worked by hand from their equations; the table names every loss and what it takes."""
 
+import inspect
 import math
+import typing
 
 import pytest
 import torch
 
-from components.sapo.losses import dpo_loss, log1mexp, log_odds, orpo_loss
+from components.sapo.losses import LOSSES, LossType, dpo_loss, ipo_loss, log1mexp, log_odds, orpo_loss
 
 
 def sigmoid(x: float) -> float:
@@ -73,3 +75,31 @@ def test_log1mexp_has_a_finite_gradient_on_both_sides():
     log1mexp(x).sum().backward()
     expected = -torch.exp(x.double()) / -torch.expm1(x.double())
     torch.testing.assert_close(x.grad.double(), expected.detach(), rtol=1e-4, atol=1e-12)
+
+
+def test_ipo_by_hand():
+    """margin = (-1.0 - -1.2) - (-2.0 - -1.5) = 0.2 + 0.5 = 0.7, target 1 / (2 * 0.5) = 1, so L = (0.7 - 1)^2 = 0.09."""
+    loss = ipo_loss(*(torch.tensor([x]) for x in (-1.0, -2.0, -1.2, -1.5)), beta=0.5)
+    assert loss.losses.item() == pytest.approx(0.09, abs=1e-6)
+    assert loss.chosen_rewards.item() == pytest.approx(0.1)
+    assert loss.rejected_rewards.item() == pytest.approx(-0.25)
+
+
+def test_ipo_gradient_by_hand():
+    """dL/dm(y+) = 2 (margin - target): -0.6 below the target, 0 on it, and the other way above it."""
+    chosen = torch.tensor([-1.0, -0.7, -0.5], requires_grad=True)
+    rest = [torch.tensor([x] * 3) for x in (-2.0, -1.2, -1.5)]
+    ipo_loss(chosen, *rest, beta=0.5).losses.sum().backward()
+    assert chosen.grad.tolist() == pytest.approx([-0.6, 0.0, 0.4], abs=1e-6)
+
+
+def test_ipo_of_equal_policy_and_reference_is_the_target_squared():
+    logps = torch.tensor([-3.0, -1.0])
+    assert ipo_loss(logps, logps - 1, logps, logps - 1, 0.1).losses.tolist() == pytest.approx([25.0, 25.0])
+
+
+def test_the_table_names_every_loss_and_what_its_function_takes():
+    assert set(typing.get_args(LossType)) == set(LOSSES)
+    for name, loss in LOSSES.items():
+        assert len(inspect.signature(loss.function).parameters) == 2 + 2 * loss.reference + loss.nll + 1, name
+        assert not (loss.per_token and loss.shared_cancels), name

@@ -152,11 +152,12 @@ def _flat_weights(buffer, slots):
         buffer._tree[nodes] = buffer._tree[2 * nodes] + buffer._tree[2 * nodes + 1]
 
 
-@pytest.mark.parametrize("loss_type", ["dpo", "orpo"])
+@pytest.mark.parametrize("loss_type", ["dpo", "orpo", "ipo"])
 def test_learns_to_prefer_the_chosen_response_on_held_out_pairs(trainer, loss_type):
     settings = {
         "dpo": {"learning_rate": 5e-4, "optim": "adamw_torch"},
         "orpo": {"learning_rate": 2e-3, "optim": "adamw_torch"},
+        "ipo": {"learning_rate": 5e-4, "optim": "adamw_torch"},
     }
     run = trainer(
         loss_type=loss_type,
