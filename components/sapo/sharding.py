@@ -93,6 +93,7 @@ class Whole:
         parameter = self.parameters[self.names.index(name)]
         return int(getattr(parameter, "ds_numel", parameter.numel()))
 
+    @torch.no_grad()
     def whole(self, index: int, part: Tensor) -> Tensor:
         """A whole parameter from every process's part of it; all processes must call this."""
         return part.view(self.parameters[index].shape)
@@ -196,6 +197,7 @@ class Zero3(Whole):
         start = min(size * dist.get_rank(), parameter.ds_numel)
         return start, min(size, parameter.ds_numel - start)
 
+    @torch.no_grad()
     def whole(self, index: int, part: Tensor) -> Tensor:
         parameter = self.parameters[index]
         joined = part.new_empty(part.numel() * dist.get_world_size())
@@ -247,6 +249,7 @@ class Zero2(Whole):
         mapping = self.parameters[index]._hp_mapping
         return (0, 0) if mapping is None else (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
 
+    @torch.no_grad()
     def whole(self, index: int, part: Tensor) -> Tensor:
         parameter = self.parameters[index]
         joined = part.new_zeros(parameter.numel())
@@ -316,6 +319,7 @@ class FSDP2(Whole):
         row_size = parameter.numel() // rows
         return min(per_rank * dist.get_rank(), rows) * row_size, parameter.to_local().numel()
 
+    @torch.no_grad()
     def whole(self, index: int, part: Tensor) -> Tensor:
         return self._placed(self.parameters[index], part).full_tensor()
 

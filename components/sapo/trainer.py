@@ -700,11 +700,12 @@ def _unsharded(model: PreTrainedModel, args: SAPOConfig) -> nn.Module:
     # ZeRO-3 has sharded the model as it was loaded, and would shard this one too.
     from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
+    assert args.deepspeed_plugin is not None
     unset_hf_deepspeed_config()
     try:
         whole = load_model(str(model.name_or_path), dtype)
     finally:
-        set_hf_deepspeed_config(args.hf_deepspeed_config)
+        set_hf_deepspeed_config(args.deepspeed_plugin.dschf)
     return whole.requires_grad_(False).eval().to(args.device)
 
 

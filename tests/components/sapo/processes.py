@@ -1,0 +1,83 @@
+"""Runs SAPO in the processes of a launch, for the tests of several processes: `torchrun -m tests.components.sapo.processes`.
+
+Each scenario is a few steps on the micro model with spread-out logits, so that rounding changes no token. What it ends with is gathered and written by the first process, so that runs
+of other numbers of processes can be compared with it.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from components.common import launch
+from components.common.conversations import read_rows
+from components.common.models import load_model, load_tokenizer
+from components.common.processes import is_first, leave, of_all
+from components.sapo.config import SAPOConfig
+from components.sapo.trainer import SAPOTrainer
+
+SETTINGS = {
+    "max_steps": 6,
+    "max_length": 96,
+    "segment_length": 6,
+    "max_new_tokens": 6,
+    "replay_buffer_size": 12,
+    "ema_interval": 2,
+    "reference_interval": 3,
+    "logging_steps": 1,
+    "eval_strategy": "steps",
+    "eval_steps": 3,
+    "save_strategy": "no",
+    "bf16": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+SCENARIOS = {
+    "dpo": {"optim": "sgd", "learning_rate": 0.02},
+    # A plain epsilon would turn rounding noise in gradients that are nearly 0 into whole steps.
+    "orpo": {"loss_type": "orpo", "optim": "adamw_torch", "adam_epsilon": 1e-3, "learning_rate": 1e-3, "warmup_steps": 3},
+}
+
+
+def run(model: str, data: str, output: Path, scenario: str) -> None:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    # Two micro-batches of two pairs each, in two processes or one after the other.
+    batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2 // processes}
+    args = SAPOConfig(output_dir=str(output), **(SETTINGS | batches | SCENARIOS[scenario]))
+    policy = load_model(model, torch.float32)
+    rows = read_rows(data, "train"), read_rows(data, "test")[:5]
+    trainer = SAPOTrainer(policy, args, *rows, processing_class=load_tokenizer(model))
+    trainer.train()
+    write(trainer, output)
+
+
+def write(trainer: SAPOTrainer, place: Path) -> None:
+    layout = trainer.layout
+    tensors = {f"policy/{k}": v.clone() for k, v in layout.weights(layout.parts())}
+    tensors |= {f"ema/{k}": v.clone() for k, v in layout.weights(trainer.ema.average)}
+    if trainer.preference.reference:
+        tensors |= {f"reference/{k}": v.clone() for k, v in layout.weights(trainer.reference_weights)}
+    buffer = {k: v.tolist() for k, v in trainer.buffer.state_dict().items()}
+    assert len({json.dumps(b) for b in of_all([buffer])}) == 1  # every process has the same buffer
+    if is_first():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, f"{place}.safetensors")
+        Path(f"{place}.json").write_text(json.dumps({"log": trainer.state.log_history, "buffer": buffer}))
+
+
+def main() -> None:
+    parallelism, model, data, output, *scenarios = sys.argv[1:]
+    if launch.is_launched():
+        launch.join(parallelism, on_cpu=True)
+    for scenario in scenarios:
+        run(model, data, Path(output) / scenario, scenario)
+    if launch.is_launched():
+        leave()
+
+
+if __name__ == "__main__":
+    main()
