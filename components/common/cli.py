@@ -84,6 +84,19 @@ class ConfigParser:
         Raises:
             UserError: naming the setting, the value and what is allowed.
         """
+        values = self._values(argv)
+        if (running := session.current()) is not None and "output" in self.fields:
+            self._build_all(session.without_buckets(values))  # wrong settings are told before anything is fetched
+            values = running.prepare(values, self.fields)
+        return self._build_all(values)
+
+    def settings(self, argv: Sequence[str]) -> dict[str, Any]:
+        """Every setting by name, given or by default, before any config object is built; raises as `parse` does."""
+        defaults = {name: field.default for name, field in self.fields.items() if field.default is not REQUIRED}
+        return defaults | self._values(argv)
+
+    def _values(self, argv: Sequence[str]) -> dict[str, Any]:
+        """The settings that were given."""
         try:
             namespace, rest = self._argument_parser().parse_known_args(argv)
         except argparse.ArgumentError as error:  # the only one: a flag without its value
@@ -101,10 +114,7 @@ class ConfigParser:
             values |= self._checked(_json_mapping(settings), where="--settings")
         values |= self._checked({k: self._flag_value(k, v) for k, v in given.items()}, where="command line")
         self._refuse_missing(values)
-        if (running := session.current()) is not None and "output" in self.fields:
-            self._build_all(session.without_buckets(values))  # wrong settings are told before anything is fetched
-            values = running.prepare(values, self.fields)
-        return self._build_all(values)
+        return values
 
     def _without_value(self, flag: str) -> str:
         name = flag.lstrip("-")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from components.common import launch
 from components.common.cli import ConfigParser
 from components.common.conversations import read_rows
 from components.common.errors import UserError
@@ -49,6 +50,7 @@ def run(loss: Loss, settings: type, description: str, argv: Sequence[str], start
     if {"-h", "--help"} & set(argv):
         print(parser.help(description))
         return
+    launch.start(parser, argv)
     stage, args = parser.parse(argv)
 
     if (strategy := getattr(args.eval_strategy, "value", args.eval_strategy)) != "no" and stage.eval_rows == 0:

@@ -64,7 +64,10 @@ def save_model_once(trainer: Any, output: Path) -> None:
         return
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if is_first():
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(output, state_dict=weights)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        for copy in model.all_tied_weights_keys:  # gathered, a tied weight is there twice
+            weights.pop(copy, None)
+        model.save_pretrained(output, state_dict=weights)
         trainer.processing_class.save_pretrained(output)
 
 

@@ -6,12 +6,13 @@ import importlib.metadata
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from components.common.cli import REQUIRED, StageConfig, setting
+from components.common.launch import is_launched, join_on_cpu
 from components.common.progress import progress
 
 # Set by the stage from --output and --training_log; a recipe must not.
@@ -33,11 +34,19 @@ class TrainingStageConfig(StageConfig):
     training_log: str | None = setting(
         None, "Directory for curves, pairs and TensorBoard files; default OUTPUT/training."
     )
+    num_processes: int = setting(
+        1, "Processes to train in, one a GPU of this machine; under torchrun or accelerate launch theirs count.", "8"
+    )
+    parallelism: Literal["ddp", "zero2", "zero3", "fsdp2"] = setting(
+        "ddp",
+        "What several processes share out: nothing (ddp), optimizer state and gradients (zero2), weights too (zero3 by "
+        "DeepSpeed, fsdp2 by PyTorch).",
+    )
     max_prompt_length: int = setting(1792, "Rows whose prompt has this many tokens or more are dropped.", "1792")
     eval_rows: int = setting(128, "Held-out rows that are scored during training; 0 for none.")
 
     def __post_init__(self) -> None:
-        for name, least in (("max_prompt_length", 1), ("eval_rows", 0)):
+        for name, least in (("max_prompt_length", 1), ("eval_rows", 0), ("num_processes", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be {least} or more")
         self.model = self._start_model()
@@ -119,10 +128,16 @@ def stage_arguments(log_directory: Path) -> dict[str, Any]:
 
 def settle_device(args: Any) -> None:
     """Settles what depends on the machine, before transformers checks the arguments: `bf16` where it is None, and `use_cpu`
-    where there is no GPU, without which transformers refuses bfloat16."""
+    where there is no GPU, without which transformers refuses bfloat16; and joins the processes of a launch on the CPU."""
     if args.bf16 is None:
         args.bf16 = not args.fp16 and has_fast_bfloat16()
     args.use_cpu = args.use_cpu or not torch.accelerator.is_available()
+    if args.use_cpu and is_launched() and join_on_cpu():
+        given = args.accelerator_config or {}
+        given = given if isinstance(given, dict) else given.to_dict()
+        args.accelerator_config = {**given, "use_configured_state": True}
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False  # every parameter is used: no search for others in each step
 
 
 def keep_freed_memory() -> None:

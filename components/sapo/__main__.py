@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from components.common import launch
 from components.common.cli import ConfigParser, prepare_output, run_stage
 from components.common.conversations import read_rows
 from components.common.errors import TERMINATED, UserError
@@ -39,6 +40,7 @@ def main(argv: Sequence[str]) -> None:
     if {"-h", "--help"} & set(argv):
         print(parser.help(__doc__ or ""))
         return
+    launch.start(parser, argv)
     stage, args = parser.parse(argv)
 
     if args.eval_strategy != "no" and stage.eval_rows == 0:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from components.common import launch
 from components.common.cli import ConfigParser, run_stage
 from components.common.conversations import read_rows
 from components.common.kfp_outputs import publish
@@ -41,6 +42,7 @@ def main(argv: Sequence[str]) -> None:
     if {"-h", "--help"} & set(argv):
         print(parser.help(__doc__ or ""))
         return
+    launch.start(parser, argv)
     stage, args = parser.parse(argv)
 
     checkpoint = checkpoint_to_resume(stage)

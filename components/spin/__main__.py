@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from components.common import launch
 from components.common.cli import ConfigParser, check_output, prepare_output, run_stage
 from components.common.conversations import read_rows
 from components.common.errors import TERMINATED, UserError
@@ -37,6 +38,7 @@ def main(argv: Sequence[str]) -> None:
     if {"-h", "--help"} & set(argv):
         print(parser.help(__doc__ or ""))
         return
+    launch.start(parser, argv)
     stage, settings = parser.parse(argv)
     _check_settings(settings)
 

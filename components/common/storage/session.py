@@ -36,6 +36,7 @@ INPUTS = ("data", "model", "source", "test_source", "evaluations", "trainings")
 # Settings that do not change the result, by prefix.
 FREE = (
     *(*DIRECTORIES, *FILES, "overwrite", "dry_run", "executor_input", "resume", "keep_", "start"),
+    *("num_processes", "parallelism"),
     *("mirror_", "grace_seconds", "lease_seconds", "save_", "logging_", "log_", "report_to", "disable_", "dataloader_"),
 )
 # The file that a stage writes last into a checkpoint.
@@ -182,7 +183,8 @@ class Session:
         if self._besides_missing():
             return
         logger.info("already done: %s is the complete output of these inputs and settings", output)
-        publish(self.values.get("executor_input"), saved.get("published"))
+        if _is_first():
+            publish(self.values.get("executor_input"), saved.get("published"))
         sys.exit(0)
 
     def _saved_manifest(self, output: str) -> dict[str, Any] | None:
