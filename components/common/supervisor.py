@@ -80,9 +80,7 @@ class Ranks:
                     "stderr": log,
                     "process_group": 0,
                 }
-                self.processes.append(
-                    subprocess.Popen(command, env=variables, preexec_fn=_die_with_parent, **options)
-                )
+                self.processes.append(subprocess.Popen(command, env=variables, preexec_fn=_die_with_parent, **options))
 
     def wait(self) -> None:
         """Waits for the end of all, hands signals on, and sees to it that one failure ends them all."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from components.common import launch
-from components.common.cli import ConfigParser, prepare_output, run_stage
+from components.common.cli import ConfigParser, run_stage
 from components.common.conversations import read_rows
 from components.common.errors import TERMINATED, UserError
 from components.common.kfp_outputs import publish
@@ -30,10 +30,12 @@ def main(argv: Sequence[str]) -> None:
     started = time.perf_counter()
     from components.common.chat_templates import encode_rows
     from components.common.models import load_config, load_model, load_tokenizer
+    from components.common.processes import is_first, leave, prepare_output_once
     from components.common.resume import ResumableStageConfig, checkpoint_to_resume
     from components.common.training import HIDDEN
     from components.sapo.checkpoint import complete_checkpoints, require_complete
     from components.sapo.config import SAPOConfig
+    from components.sapo.lora import quantization
     from components.sapo.plan import describe
 
     parser = ConfigParser("sapo", [ResumableStageConfig, SAPOConfig], hidden=(*HIDDEN, "log_dir"))
@@ -56,18 +58,24 @@ def main(argv: Sequence[str]) -> None:
     plan = describe(train, dropped, load_config(stage.model), args)
     if checkpoint:
         plan.append(f"resumes from {checkpoint}")
-    for line in plan:
+    for line in plan if stage.dry_run or is_first() else []:
         print(line) if stage.dry_run else logger.info(line)
     if stage.dry_run:
         return
 
-    output = Path(stage.output) if checkpoint else prepare_output(stage.output, overwrite=True)
-    model = load_model(stage.model, "float32")
+    output = Path(stage.output) if checkpoint else prepare_output_once(stage.output, overwrite=True)
+    frozen_base = args.use_peft and args.bf16
+    model = load_model(stage.model, "bfloat16" if frozen_base else "float32", **quantization(args))
     trainer, summary = _train(model, tokenizer, train, evaluation, stage, args, checkpoint, started)
     if trainer.stop_requested:
-        logger.info("stopped after step %d and saved; the same command goes on from there", trainer.state.global_step)
+        if is_first():
+            logger.info(
+                "stopped after step %d and saved; the same command goes on from there", trainer.state.global_step
+            )
+        leave()
         sys.exit(TERMINATED)
     _write(stage, args, trainer, summary, output)
+    leave()
 
 
 def _train(
@@ -80,17 +88,19 @@ def _train(
     checkpoint: Path | None,
     started: float,
 ) -> tuple[Any, dict[str, float]]:
-    from components.common.training import final_evaluation, show_progress, stage_arguments
+    from components.common.processes import is_first, show_progress_once
+    from components.common.training import final_evaluation, stage_arguments
     from components.sapo.trainer import SAPOTrainer
 
     places = stage_arguments(stage.log_directory())
     places |= {"output_dir": str(Path(stage.output) / "checkpoints"), "log_dir": str(stage.log_directory())}
     trainer = SAPOTrainer(model, dataclasses.replace(args, **places), train, evaluation, processing_class=tokenizer)
     trainer.started = started
-    show_progress(trainer, f"sapo-{args.loss_type}")
+    show_progress_once(trainer, f"sapo-{args.loss_type}")
 
     def stop(*_: object) -> None:
-        logger.info("SIGTERM: finishing the step, then saving")
+        if is_first():
+            logger.info("SIGTERM: finishing the step, then saving")
         trainer.stop_requested = True
 
     before = signal.signal(signal.SIGTERM, stop)
@@ -107,10 +117,13 @@ def _train(
 
 
 def _write(stage: Any, args: Any, trainer: Any, summary: dict[str, float], output: Path) -> None:
+    from components.common.processes import is_first
     from components.common.resume import remove_checkpoints
-    from components.common.training import save_model, write_training_log
+    from components.common.training import write_training_log
 
-    save_model(trainer, output)
+    trainer.save_trained(output)
+    if not is_first():
+        return
     name = stage.name or f"sapo-{args.loss_type}"
     settings = dataclasses.asdict(stage) | args.to_dict()
     write_training_log(stage.log_directory(), "sapo", name, trainer, settings, summary)

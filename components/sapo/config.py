@@ -75,9 +75,10 @@ class SAPOConfig(TrainingArguments):
     replay_buffer_size: int = setting(2000, "Pairs held by the replay buffer, of the whole run.", "2000")
     ema_decay: float = setting(0.5, "alpha of Eq. 6: share of the old average kept by an update.", "0.5")
     ema_interval: int = setting(2, "Optimizer steps between EMA updates.", "2; 1 in the authors' code")
-    reference: Literal["ema", "policy", "fixed"] = setting(
+    reference: Literal["ema", "policy", "fixed", "base"] = setting(
         "ema",
-        "DPO, IPO: what the reference is refreshed from; `fixed` keeps the start model.",
+        "DPO, IPO: what the reference is refreshed from; `fixed` keeps the start model, `base` (LoRA) is the model without "
+        "its adapter.",
         "ema; ablated in Table 4",
     )
     reference_interval: int | Literal["epoch"] = setting(
@@ -85,6 +86,19 @@ class SAPOConfig(TrainingArguments):
         "DPO, IPO: optimizer steps between refreshes of the reference.",
         "periodically; 108 steps (an epoch) in the code",
     )
+
+    # LoRA: names as in TRL's ModelConfig
+    use_peft: bool = setting(
+        False, "Train a LoRA adapter on a frozen base; the EMA and the reference are adapters too."
+    )
+    lora_r: int = setting(32, "Rank of the adapter.")
+    lora_alpha: int = setting(64, "Scale of the adapter's product, times 1 / lora_r.")
+    lora_target_modules: str | list[str] = setting("all-linear", "Layers that get an adapter, by name.")
+    lora_adapter: str | None = setting(None, "Directory of an adapter to start from; none: a new one.")
+    load_in_4bit: bool = setting(
+        False, "Hold the base in 4 bits (bitsandbytes, NF4); needs use_peft and the hf sampler."
+    )
+    merge_adapter: bool = setting(True, "Write a plain model with the adapter merged in; false: the adapter alone.")
 
     # What is written down, and where
     log_dir: str | None = setting(None, "Directory of pairs.jsonl; default: output_dir.")
@@ -113,6 +127,9 @@ class SAPOConfig(TrainingArguments):
         self._check()
         training.settle_device(self)
         super().__post_init__()
+        self._require(
+            "use_peft", not (self.use_peft and self.is_sharded()), "an adapter is small: use parallelism = ddp"
+        )
 
     def _check(self) -> None:
         for name in (
@@ -149,14 +166,29 @@ class SAPOConfig(TrainingArguments):
         self._require("sampler_timeout", self.sampler_timeout > 0, "must be above 0")
         self._require("gpu_memory_utilization", 0 < self.gpu_memory_utilization < 1, "must be within (0, 1)")
         self._require("sleep_level", self.sleep_level in (0, 1), "must be 0 or 1")
+        self._check_lora(in_place)
         needs_bitsandbytes = (
             any(part in str(self.optim) for part in ("8bit", "bnb", "paged")) and "torch" not in self.optim
         )
-        missing = needs_bitsandbytes and importlib.util.find_spec("bitsandbytes") is None
-        self._require("optim", not missing, "needs the package bitsandbytes, which is not installed")
+        for name, needed in (("optim", needs_bitsandbytes), ("load_in_4bit", self.load_in_4bit)):
+            missing = needed and importlib.util.find_spec("bitsandbytes") is None
+            self._require(name, not missing, "needs the package bitsandbytes, which is not installed")
         self._require("fp16", not self.fp16, "is not offered; use bf16")
         limit = self.save_total_limit
         self._require("save_total_limit", limit is None or limit >= 1, "must be 1 or more, or none to keep all")
+
+    def _check_lora(self, in_place: bool) -> None:
+        for name in ("lora_r", "lora_alpha"):
+            self._require(name, getattr(self, name) >= 1, "must be 1 or more")
+        self._require("reference", self.reference != "base" or self.use_peft, "`base` is for use_peft")
+        self._require("load_in_4bit", self.use_peft or not self.load_in_4bit, "4 bits cannot be trained: set use_peft")
+        self._require("lora_adapter", self.use_peft or self.lora_adapter is None, "is for use_peft")
+        adapter_in_turns = self.use_peft and self.sampler == "hf"
+        self._require(
+            "schedule", self.schedule == "sync" or not adapter_in_turns, "hf and training share the base in turns: sync"
+        )
+        quantised = self.load_in_4bit and self.sampler == "vllm"
+        self._require("sampler", not quantised, "vllm has no 4-bit base to put an adapter on: use hf")
 
     def is_sharded(self) -> bool:
         """Whether ZeRO or FSDP2 spreads the trained weights over processes."""
@@ -173,6 +205,8 @@ class SAPOConfig(TrainingArguments):
         A copy is needed where the EMA moves on while the sampler does not follow, and where generate runs in another type;
         vLLM has a copy of its own.
         """
+        if self.use_peft:
+            return torch.float32 if self.push_interval > 1 else None
         if self.on_policy or (self.push_interval == 1 and (self.sampler == "vllm" or self.engine_dtype() == "float32")):
             return None
         return torch.bfloat16 if self.engine_dtype() == "bfloat16" else torch.float32

@@ -44,6 +44,7 @@ from components.sapo import checkpoint, self_play, state
 from components.sapo.checkpoint import CheckpointReader, CheckpointWriter
 from components.sapo.config import SAPOConfig
 from components.sapo.ema import EMA, copy_weights, frozen_copy, weights_of
+from components.sapo.lora import add_adapter, merge_into, merged_weights
 from components.sapo.losses import LOSSES, PairLoss
 from components.sapo.pair_forward import (
     PairBatch,
@@ -113,7 +114,9 @@ class SAPOTrainer(Trainer):
             raise ValueError("processing_class: is needed when model is not a directory")
         _disable_dropout(model)
         self.preference = LOSSES[args.loss_type]
-        self.in_parts = args.is_sharded()
+        self.in_parts = args.is_sharded() or args.use_peft
+        if args.use_peft:
+            add_adapter(model, args)
         self._copy_models(model, args)
         train_rows = _tokenised(train_dataset, processing_class, max_prompt_length, args.max_length)
         eval_rows = _tokenised(eval_dataset, processing_class, max_prompt_length, args.max_length)
@@ -158,7 +161,7 @@ class SAPOTrainer(Trainer):
         self.layout = Whole(model, None)
         if self.in_parts:
             if args.sampler == "hf":
-                self.served_model = _unsharded(model, args)
+                self.served_model = model if args.use_peft else _unsharded(model, args)
             return
         self.ema_model = frozen_copy(model).to(args.device)
         served = [model] if args.on_policy else [self.ema_model]
@@ -223,9 +226,16 @@ class SAPOTrainer(Trainer):
         """Entries from the rows of a step; reads nothing that changes while a step runs."""
         random = self_play.generator(self.args.seed, self_play.SAMPLING, step)
         rows, epoch = self.row_order.at(step), self.row_order.epoch_of(step)
-        return self_play.sample_entries(
-            self.train_dataset, rows, self.sampler, self.args, random, steps_done, epoch, self.share
-        )
+        return self._sample(self.train_dataset, rows, random, steps_done, epoch)
+
+    def _sample(
+        self, rows: list[EncodedRow], chosen: list[int], random: np.random.Generator, step: int, epoch: int
+    ) -> list[Entry]:
+        """This process's share of the entries that `self_play.sample_entries` gives."""
+        # transformers' generate has no adapter of its own: it runs the policy's model, with the EMA's adapter in place.
+        in_turns = self.args.use_peft and self.args.sampler == "hf" and not self.args.on_policy
+        with self.layout.seated(self.ema.serving) if in_turns else nullcontext():
+            return self_play.sample_entries(rows, chosen, self.sampler, self.args, random, step, epoch, self.share)
 
     def _record_sampling(self, entries: list[Entry]) -> None:
         for entry in entries:
@@ -376,7 +386,11 @@ class SAPOTrainer(Trainer):
                     self.push()
             if self.args.on_policy:
                 self.push()
-            if self.preference.reference and self.args.reference != "fixed" and step % self._reference_interval() == 0:
+            if (
+                self.preference.reference
+                and self.args.reference in ("ema", "policy")
+                and step % self._reference_interval() == 0
+            ):
                 source = self.ema.average if self.args.reference == "ema" else self.layout.parts()
                 copy_weights(source, self.reference_weights)
                 self.reference_cache.version += 1
@@ -389,7 +403,9 @@ class SAPOTrainer(Trainer):
         parts = self.layout.parts() if self.args.on_policy else self.ema.serving
         with self.layout.seated(parts):
             canary = self._canary(self.model_wrapped)
-        self.sampler.load(self.layout.weights(parts), self.ema.served_version, canary)
+            weights = merged_weights(self.policy) if self.args.use_peft else self.layout.weights(parts)
+            in_place = self.args.use_peft and self.args.sampler == "hf"
+            self.sampler.load([] if in_place else weights, self.ema.served_version, canary)
 
     def _canary(self, model: Any) -> Canary | None:
         """What the weights to serve give, by the model that has them."""
@@ -415,7 +431,7 @@ class SAPOTrainer(Trainer):
         rows: list[EncodedRow] = self.eval_dataset  # type: ignore[assignment]
         random = self_play.generator(self.args.seed, self_play.HELD_OUT, 0)
         every = list(range(len(rows)))
-        entries = self_play.sample_entries(rows, every, self.sampler, self.args, random, 0, 0, self.share)
+        entries = self._sample(rows, every, random, step=0, epoch=0)
         self.set_held_out(of_all(entries), start_logps=None)
 
     def set_held_out(self, entries: list[Entry], start_logps: Tensor | None) -> None:
@@ -544,6 +560,8 @@ class SAPOTrainer(Trainer):
         if self.preference.reference:
             dtype = torch.bfloat16 if self.args.bf16 else torch.float32
             self.reference_weights = [part.to(dtype, copy=True) for part in start]
+            if self.args.reference == "base":  # an adapter of zeros adds nothing
+                torch._foreach_zero_(self.reference_weights)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """All is put back together, once the model is prepared."""
@@ -561,6 +579,23 @@ class SAPOTrainer(Trainer):
             "last_logged": self._globalstep_last_logged,
             "wall_clock": self.wall_clock(),
         }
+
+    def save_trained(self, output: Path) -> None:
+        """Writes the trained policy as a plain Hugging Face directory, one parameter at a time; all processes call this."""
+        if self.args.use_peft and self.args.merge_adapter:
+            if is_first():
+                base = load_model(str(self.policy.name_or_path))
+                merge_into(base, self.policy)
+                base.save_pretrained(output)
+        elif self.layout.sharded:
+            whole = self.layout.weights(self.layout.parts())
+            weights = {name: weight.cpu() for name, weight in whole if is_first()}
+            if is_first():
+                self.policy.save_pretrained(output, state_dict=weights)  # type: ignore[operator]
+        elif is_first():
+            self.policy.save_pretrained(output)  # type: ignore[operator]
+        if is_first():
+            self.processing_class.save_pretrained(output)  # type: ignore[union-attr]
 
     def before_first_step(self) -> None:
         """`Trainer` has reset its running loss by now; a resumed run goes on with the saved one."""
