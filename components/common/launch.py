@@ -7,6 +7,7 @@ What `parallelism` means is one file of `accelerate/` each, which `accelerate la
 has chosen DeepSpeed or FSDP by itself is left alone.
 """
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -136,7 +137,9 @@ def join_on_cpu() -> bool:
         os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed
 
-        deepspeed.comm.torch.build_shm_op = lambda: None  # kernels that a compiler would be busy with for a minute
+        # Without its kernels for shared memory: a compiler would be busy with them for a minute, and a launch that was killed
+        # meanwhile leaves a lock on which all later ones wait for ever. (`deepspeed.comm.torch` is torch itself.)
+        setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
         PartialState(backend="gloo")
         return True

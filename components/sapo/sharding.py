@@ -183,13 +183,48 @@ def _flat(value: Any) -> Any:
     return float(local) if local.dim() == 0 else local.detach().reshape(-1)
 
 
-class Zero3(Whole):
-    """DeepSpeed's ZeRO-3: flat parts of equal size, the last ones padded."""
+class Zero(Whole):
+    """DeepSpeed's: what the optimizer updates is one flat float32 tensor per group, which holds a stretch of each parameter."""
 
     sharded = True
 
     def parts(self) -> list[Tensor]:
-        return [p._z3_optimizer.get_local_fp32_param(p) for p in self.parameters]
+        places = (self._place(parameter) for parameter in self.parameters)
+        return [master.narrow(0, start, length) for master, start, length in places]
+
+    def _place(self, parameter: Any) -> tuple[Tensor, int, int]:
+        """Where a parameter's part lies: (the flat tensor, first element, elements)."""
+        raise NotImplementedError
+
+    def _state_of(self, index: int) -> dict[str, Any]:
+        master, start, length = self._place(self.parameters[index])
+        state = self.optimizer.state.get(master, {})
+        return {
+            key: value.narrow(0, start, length) if _like(value, master) else float(value)
+            for key, value in state.items()
+        }
+
+    def _load_state_of(self, index: int, state: dict[str, Any]) -> None:
+        master, start, length = self._place(self.parameters[index])
+        kept = self.optimizer.state[master]
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                kept.setdefault(key, torch.zeros_like(master)).narrow(0, start, length).copy_(value)
+            else:  # a step count, which all parameters of a group share
+                kept[key] = torch.tensor(value)
+
+
+def _like(value: Any, master: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == master.shape
+
+
+class Zero3(Zero):
+    """ZeRO-3: flat parts of equal size, the last ones padded."""
+
+    def _place(self, parameter: Any) -> tuple[Tensor, int, int]:
+        zero = parameter._z3_optimizer
+        group, start, length = zero.grad_position[zero.get_param_id(parameter)]
+        return zero.fp32_partitioned_groups_flat[group], start, length
 
     def span(self, index: int) -> tuple[int, int]:
         parameter = self.parameters[index]
@@ -216,34 +251,17 @@ class Zero3(Whole):
     def _publish(self) -> None:
         self._seat(self._seats(), self.parts())
 
-    def _state_of(self, index: int) -> dict[str, Any]:
-        parameter = self.parameters[index]
-        zero = parameter._z3_optimizer
-        group = zero.grad_position[zero.get_param_id(parameter)][0]
-        flat = zero.optimizer.state.get(zero.fp32_partitioned_groups_flat[group], {})
-        return {key: self._part_of_state(parameter, key, value) for key, value in flat.items()}
 
-    def _part_of_state(self, parameter: Any, key: str, value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.dim() == 0:
-            return float(value)
-        return parameter._z3_optimizer.get_local_fp32_param(parameter, key)
+class Zero2(Zero):
+    """ZeRO-2: the parameters are whole; the flat masters are cut evenly, so a part may be some of a parameter or nothing."""
 
-    def _load_state_of(self, index: int, state: dict[str, Any]) -> None:
-        parameter = self.parameters[index]
-        zero = parameter._z3_optimizer
-        group = zero.grad_position[zero.get_param_id(parameter)][0]
-        flat = zero.optimizer.state[zero.fp32_partitioned_groups_flat[group]]
-        _copy_state(self._state_of(index), flat, state)
-
-
-class Zero2(Whole):
-    """DeepSpeed's ZeRO-2: the optimizer's float32 masters are one flat tensor, cut evenly; a part is what a parameter has
-    in this process's cut, which may be nothing."""
-
-    sharded = True
-
-    def parts(self) -> list[Tensor]:
-        return [self._fragment(parameter, None) for parameter in self.parameters]
+    def _place(self, parameter: Any) -> tuple[Tensor, int, int]:
+        mapping = parameter._hp_mapping
+        masters = (master for group in self.optimizer.param_groups for master in group["params"])
+        if mapping is None:
+            return next(masters), 0, 0
+        address, fragment = mapping.get_hp_fragment_address(), mapping.get_hp_fragment()
+        return next(master for master in masters if _lies_within(fragment, master)), address.start, address.numel
 
     def span(self, index: int) -> tuple[int, int]:
         mapping = self.parameters[index]._hp_mapping
@@ -258,50 +276,22 @@ class Zero2(Whole):
         dist.all_reduce(joined)
         return joined.view(parameter.shape)
 
+    def _seats(self) -> list[Tensor]:
+        return [parameter.data for parameter in self.parameters]
+
     @contextmanager
     def seated(self, parts: Sequence[Tensor]) -> Iterator[None]:
-        before = [parameter.data.clone() for parameter in self.parameters]
+        before = [seat.clone() for seat in self._seats()]
         try:
-            for index, parameter in enumerate(self.parameters):
-                parameter.data.copy_(self.whole(index, parts[index]))
+            for index, seat in enumerate(self._seats()):
+                seat.copy_(self.whole(index, parts[index]))
             yield
         finally:
-            for parameter, value in zip(self.parameters, before, strict=True):
-                parameter.data.copy_(value)
+            self._seat(self._seats(), before)
 
     def _publish(self) -> None:
         for index, part in enumerate(self.parts()):
             self.parameters[index].data.copy_(self.whole(index, part))
-
-    def _fragment(self, parameter: Any, key: str | None) -> Tensor:
-        if parameter._hp_mapping is None:
-            return parameter.data.new_empty(0, dtype=torch.float32)
-        return parameter._hp_mapping.get_hp_fragment(optim_state_key=key)
-
-    def _state_of(self, index: int) -> dict[str, Any]:
-        parameter = self.parameters[index]
-        return {key: self._part_of_state(parameter, key, value) for key, value in self._flat_state(parameter).items()}
-
-    def _part_of_state(self, parameter: Any, key: str, value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.dim() == 0:
-            return float(value)
-        mapping = parameter._hp_mapping
-        if mapping is None:
-            return value.new_empty(0)
-        address = mapping.get_hp_fragment_address()
-        return value.narrow(0, address.start, address.numel)
-
-    def _flat_state(self, parameter: Any) -> dict[str, Any]:
-        """The state of the flat master of a parameter's group."""
-        for group in self.optimizer.param_groups:
-            for flat in group["params"]:
-                mapping = parameter._hp_mapping
-                if mapping is None or _lies_within(mapping.get_hp_fragment(), flat):
-                    return self.optimizer.state.get(flat, {})
-        raise RuntimeError("a parameter's master is in no group of the optimizer")
-
-    def _load_state_of(self, index: int, state: dict[str, Any]) -> None:
-        _copy_state(self._state_of(index), self._flat_state(self.parameters[index]), state)
 
 
 class FSDP2(Whole):
@@ -336,17 +326,6 @@ class FSDP2(Whole):
         return DTensor.from_local(
             local, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
         )
-
-
-def _copy_state(views: dict[str, Any], flat: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Fills parts of a flat state with what was saved; numbers, which all parts share, are put in place."""
-    for key, value in saved.items():
-        if isinstance(value, Tensor):
-            views[key].copy_(value)
-        elif isinstance(flat.get(key), Tensor):
-            flat[key].fill_(value)
-        else:
-            flat[key] = type(flat[key])(value) if key in flat else value
 
 
 def _lies_within(part: Tensor, whole: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """Runs SAPO in the processes of a launch, for the tests of several processes: `torchrun -m tests.components.sapo.processes`.
 
-Each scenario is a few steps on the micro model with spread-out logits, so that rounding changes no token. What it ends with is gathered and written by the first process, so that runs
-of other numbers of processes can be compared with it.
+Each scenario is a few steps on a micro model with logits so far apart that rounding changes no token. What it ends with is
+gathered and written by the first process, so that runs of other numbers of processes can be compared with it.
 """
 
 import json
@@ -36,45 +36,57 @@ SETTINGS = {
     "disable_tqdm": True,
     "use_cpu": True,
 }
+SAVES = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": None}
+# A plain epsilon would turn rounding noise in gradients that are nearly 0 into whole steps.
+ADAM = {"optim": "adamw_torch", "adam_epsilon": 1e-3, "learning_rate": 1e-3, "warmup_steps": 3}
+SGD = {"optim": "sgd", "learning_rate": 0.02}
 SCENARIOS = {
-    "dpo": {"optim": "sgd", "learning_rate": 0.02},
-    # A plain epsilon would turn rounding noise in gradients that are nearly 0 into whole steps.
-    "orpo": {"loss_type": "orpo", "optim": "adamw_torch", "adam_epsilon": 1e-3, "learning_rate": 1e-3, "warmup_steps": 3},
+    "dpo": SGD | SAVES,
+    "orpo": ADAM | SAVES | {"loss_type": "orpo"},
+    "vllm": SGD | {"sampler": "vllm", "temperature": 0.0, "eval_strategy": "no"},
 }
 
 
 def run(model: str, data: str, output: Path, scenario: str) -> None:
+    """Runs a scenario, or goes on from the checkpoint of one: `dpo@DIRECTORY`, relative to `output`."""
+    scenario, _, checkpoint = scenario.partition("@")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     # Two micro-batches of two pairs each, in two processes or one after the other.
     batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2 // processes}
-    args = SAPOConfig(output_dir=str(output), **(SETTINGS | batches | SCENARIOS[scenario]))
+    name = f"resumed-{scenario}" if checkpoint else scenario
+    args = SAPOConfig(output_dir=str(output / name), **(SETTINGS | batches | SCENARIOS[scenario]))
     policy = load_model(model, torch.float32)
-    rows = read_rows(data, "train"), read_rows(data, "test")[:5]
+    rows = read_rows(data, "train"), read_rows(data, "test")[:5] if args.eval_strategy != "no" else None
     trainer = SAPOTrainer(policy, args, *rows, processing_class=load_tokenizer(model))
-    trainer.train()
-    write(trainer, output)
+    trainer.train(resume_from_checkpoint=str(output / checkpoint / "checkpoint-3") if checkpoint else None)
+    write(trainer, output / name)
+    trainer.save_trained(output / name / "model")
+    if scenario == "vllm":
+        trainer.sampler.close()
 
 
 def write(trainer: SAPOTrainer, place: Path) -> None:
+    """The weights as `<place>.safetensors`, log and buffer as `<place>.json`."""
     layout = trainer.layout
-    tensors = {f"policy/{k}": v.clone() for k, v in layout.weights(layout.parts())}
-    tensors |= {f"ema/{k}": v.clone() for k, v in layout.weights(trainer.ema.average)}
+    groups = {"policy": layout.parts(), "ema": trainer.ema.average}
     if trainer.preference.reference:
-        tensors |= {f"reference/{k}": v.clone() for k, v in layout.weights(trainer.reference_weights)}
-    buffer = {k: v.tolist() for k, v in trainer.buffer.state_dict().items()}
-    assert len({json.dumps(b) for b in of_all([buffer])}) == 1  # every process has the same buffer
+        groups["reference"] = trainer.reference_weights
+    tensors = {f"{group}/{k}": v.clone() for group, parts in groups.items() for k, v in layout.weights(parts)}
+    buffer = {name: array.tolist() for name, array in trainer.buffer.state_dict().items()}
+    assert len({json.dumps(one) for one in of_all([buffer])}) == 1  # every process has the same buffer
     if is_first():
-        place.parent.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in tensors.items()}, f"{place}.safetensors")
-        Path(f"{place}.json").write_text(json.dumps({"log": trainer.state.log_history, "buffer": buffer}))
+        log = trainer.state.log_history
+        Path(f"{place}.json").write_text(json.dumps({"log": log, "buffer": buffer, "version": trainer.sampler.version}))
 
 
 def main() -> None:
     parallelism, model, data, output, *scenarios = sys.argv[1:]
     if launch.is_launched():
         launch.join(parallelism, on_cpu=True)
+    Path(output).mkdir(parents=True, exist_ok=True)
     for scenario in scenarios:
-        run(model, data, Path(output) / scenario, scenario)
+        run(model, data, Path(output), scenario)
     if launch.is_launched():
         leave()
 
