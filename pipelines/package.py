@@ -10,6 +10,7 @@ import yaml
 
 from components.common.cli import read_yaml_mapping
 from components.common.errors import UserError
+from components.common.locations import existing_path, scheme
 
 COMPILED = Path(__file__).parent / "compiled"
 # KFP's parameter types: the Python types that fit, and what to call them in a message.
@@ -123,6 +124,27 @@ def run_arguments(package: Package, run_file: str | None, assignments: list[str]
         if parameter.required and name not in arguments:
             raise UserError(f"pipeline {package.name}: parameter {name!r} is required: {parameter.description}")
     return arguments
+
+
+def own_data(package: Package, place: str, command: str) -> list[str]:
+    """Assignments of `run_arguments` that make a run read rows of the user's own, for SFT too.
+
+    Args:
+        place: a path, or a URI that the data stage reads.
+        command: run, or submit, whose stages do not see this machine's files.
+
+    Raises:
+        UserError: there is no such file, or the run cannot see it.
+    """
+    if not scheme(place):
+        if command == "submit":
+            raise UserError(f"--data {place}: a cluster does not see this machine's files; give hf:// or s3://")
+        place = str(existing_path(place, "data").resolve())
+    settings = json.dumps({"source": place})
+    names = [name.removesuffix("_recipe") for name in ("data_recipe", "sft_data_recipe") if name in package.parameters]
+    if not names:
+        raise UserError(f"--data {place}: pipeline {package.name} has no data_recipe")
+    return [a for name in names for a in (f"{name}_recipe=own", f"{name}_settings={settings}")]
 
 
 def _assign(package: Package, arguments: dict[str, Any], assignment: str) -> None:
