@@ -2,6 +2,7 @@
 
 import random
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from components.common.errors import UserError
 from components.common.samplers import Canary, SamplingSettings, make_canary
 from components.common.samplers.hf import HFSampler
-from components.common.samplers.vllm import VLLMSampler, WrongWeights, import_vllm
+from components.common.samplers.vllm import VLLMSampler, WrongWeights, import_vllm, last_engine_cleans_up
 from components.common.samplers.worker import SamplerTimeout, Worker
 
 try:
@@ -209,6 +210,22 @@ def test_a_call_that_hangs_is_named_and_the_sampler_refuses_further_ones(tmp_pat
     with pytest.raises(RuntimeError, match=r"takes no calls: generate took longer than 0\.2 s"):
         sampler.load([], version=1)
     sampler.close()
+
+
+def test_engines_that_are_never_closed_clean_up_once():
+    """Taking the parallel state of the process down twice fails: "Invalid process group specified"."""
+
+    class Client:
+        def __init__(self):
+            self._finalizer = weakref.finalize(self, ended.append, len(clients))
+
+    ended, clients = [], []
+    for _ in range(3):
+        clients.append(Client())
+        last_engine_cleans_up(clients[-1])
+    for client in clients:
+        client._finalizer()
+    assert ended == [2]
 
 
 def test_a_worker_names_the_call_that_hangs():
