@@ -27,7 +27,7 @@ import yaml
 from components.common.cli import prepare_output
 from components.common.errors import UserError
 from pipelines.methods import METHOD_LISTS, check_methods, select
-from pipelines.package import COMPILED, Package, own_data, package_names, read_package, run_arguments
+from pipelines.package import COMPILED, Package, check_recipes, own_data, package_names, read_package, run_arguments
 
 _RUN = """Run a compiled pipeline as processes of this Python environment (or in containers), one task after the other.
 
@@ -231,6 +231,7 @@ def _package_and_parameters(arguments: argparse.Namespace) -> tuple[Package, dic
 
 def _run(arguments: argparse.Namespace) -> int:
     package, parameters = _package_and_parameters(arguments)
+    check_recipes(package, parameters)
 
     from pipelines.local import Executor, LocalRun, RunError, planned_tasks
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from components.common.errors import UserError
-from pipelines.package import COMPILED, Package, own_data, read_package, run_arguments
+from pipelines.package import COMPILED, Package, check_recipes, own_data, read_package, run_arguments
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -177,3 +177,25 @@ def test_data_that_the_run_cannot_read_are_refused(run_cli: Cli, argv: list[str]
 def test_pipelines_without_a_data_stage_take_no_data(fake_package: Path, tmp_path: Path, run_cli: Cli) -> None:
     code, _, err = run_cli("run", fake_package, "--set", "steps=1", "--data", tmp_path, "--output", tmp_path / "run")
     assert code == 2 and "pipeline fake has no data_recipe" in err
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("sapo_dpo_recipe=tny-dpo", "sapo_dpo_recipe = 'tny-dpo'; did you mean 'tiny-dpo'? no such file, and sapo has"),
+        ("data_recipe=none.yaml", "data_recipe = 'none.yaml' no such file, and data has no such recipe (capybara, "),
+    ],
+)
+def test_a_recipe_that_is_not_there_ends_a_local_run_at_once(
+    run_cli: Cli, tmp_path: Path, assignment: str, message: str
+) -> None:
+    code, out, err = run_cli("run", "sapo", "--set", assignment, "--output", tmp_path / "run")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"pipelines: error: {message}") and not (tmp_path / "run").exists()
+
+
+def test_a_recipe_of_a_method_is_named_with_it() -> None:
+    package = read_package("comparison")
+    method = {"name": "mine", "stage": "dpo", "start": "sft", "recipe": "tinny", "settings": {}}
+    with pytest.raises(UserError, match=r"methods: mine: recipe = 'tinny'; did you mean 'tiny'\?"):
+        check_recipes(package, {"methods": [method]})

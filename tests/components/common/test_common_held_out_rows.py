@@ -35,6 +35,7 @@ def run(stage: str, data: Path, model: Path, output: Path, *more: str) -> None:
     importlib.import_module(f"components.{stage}.__main__").main([*places, *OF_STAGE.get(stage, []), *more])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", OF_STAGE)
 def test_stages_train_without_held_out_rows(stage: str, all_for_training: Path, micro_model: Path, tmp_path: Path):
     run(stage, all_for_training, micro_model, tmp_path / "out")
