@@ -3,6 +3,7 @@
     python -m pipelines compile                                   write pipelines/compiled/*.yaml, for the UI's upload
     python -m pipelines compile --check                           only tell whether they still match the code (for CI)
     python -m pipelines run comparison --run pipelines/runs/tiny.yaml   run it as processes; minutes on a CPU
+    python -m pipelines run sapo --data my.jsonl                  the same on rows of your own
     python -m pipelines run --help                                the parameters of every pipeline
     python -m pipelines submit comparison --run FILE --endpoint URL --wait   run it on a cluster
     python -m pipelines trainjob comparison --run FILE --method NAME --nodes 2 ...   print one method as a TrainJob
@@ -26,7 +27,7 @@ import yaml
 from components.common.cli import prepare_output
 from components.common.errors import UserError
 from pipelines.methods import METHOD_LISTS, check_methods, select
-from pipelines.package import COMPILED, Package, package_names, read_package, run_arguments
+from pipelines.package import COMPILED, Package, check_recipes, own_data, package_names, read_package, run_arguments
 
 _RUN = """Run a compiled pipeline as processes of this Python environment (or in containers), one task after the other.
 
@@ -36,6 +37,7 @@ OUTPUT/outputs/TASK/. Ctrl-C stops the running stage (SIGTERM, then SIGKILL afte
     python -m pipelines run comparison --run pipelines/runs/tiny.yaml
     python -m pipelines run comparison --run pipelines/runs/tiny.yaml --only sapo-dpo,dpo --output runs/try
     python -m pipelines run sapo --run pipelines/runs/sapo-tiny.yaml --set sft_settings.max_steps=5
+    python -m pipelines run sapo --data my.jsonl
 """
 
 _SUBMIT = """Run a compiled pipeline on a cluster: checks the arguments, starts the run, prints its URL.
@@ -111,6 +113,7 @@ def _parser(with_parameters: bool) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     _add_arguments_of_run(command)
+    _add_data(command, "path, or hf://owner/name")
     command.add_argument(
         "--containers",
         action="store_true",
@@ -150,8 +153,18 @@ def _add_arguments_of_run(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_data(command: argparse.ArgumentParser, places: str) -> None:
+    command.add_argument(
+        "--data",
+        metavar="PLACE",
+        help=f"your own rows in place of the run's ({places}): instruction / input / output, ShareGPT, messages, or prompt "
+        "and chosen; a tenth is held out. Sets data_recipe and data_settings, those for SFT too",
+    )
+
+
 def _add_submit(command: argparse.ArgumentParser) -> None:
     _add_arguments_of_run(command)
+    _add_data(command, "hf://owner/name or s3://bucket/key")
     add = command.add_argument
     add(
         "--endpoint", metavar="URL", required=True, help="of Kubeflow Pipelines; in full Kubeflow https://HOST/pipeline"
@@ -210,11 +223,15 @@ def _compile(check: bool) -> int:
 
 def _package_and_parameters(arguments: argparse.Namespace) -> tuple[Package, dict[str, Any]]:
     package = read_package(arguments.pipeline)
-    return package, _with_methods(package, run_arguments(package, arguments.run, arguments.set), arguments.only)
+    assignments = arguments.set
+    if arguments.command != "trainjob" and arguments.data is not None:
+        assignments = [*own_data(package, arguments.data, arguments.command), *assignments]
+    return package, _with_methods(package, run_arguments(package, arguments.run, assignments), arguments.only)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     package, parameters = _package_and_parameters(arguments)
+    check_recipes(package, parameters)
 
     from pipelines.local import Executor, LocalRun, RunError, planned_tasks
 

@@ -1,4 +1,7 @@
-"""The pipeline `ablation`: variants of SAPO, the graph of `comparison` over another list."""
+"""The pipeline `ablation`: variants of SAPO, the graph of `comparison` over another list.
+
+The function is long by its parameters alone (see `sapo.py`).
+"""
 
 from kfp import dsl
 

@@ -8,11 +8,14 @@ because Kubeflow Pipelines reads only text parameters there. Fixed when compiled
 retries, time-outs, caching, labels, volumes, environment.
 """
 
+import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 from kfp import kubernetes
-from kfp.dsl import PipelineTask
+from kfp.dsl import PipelineTask, pipeline_task
 
 REGISTRY = "ghcr.io/sapo-pipelines"
 VERSION = "0.1.0"  # of this distribution; tests compare it with pyproject.toml
@@ -106,11 +109,22 @@ def on_cluster(task: PipelineTask, stage: str, machine: Machine | None = None) -
     kubernetes.use_config_map_as_env(task, *STORE, optional=True)
     if needs.cache_volume:
         kubernetes.mount_pvc(task, CACHE_CLAIM, CACHE)
-    if machine is None:
-        _set_size(task, needs)
-    else:
-        _set_machine(task, machine)
+    with mock.patch.object(pipeline_task, "inspect", SimpleNamespace(stack=_callers)):
+        if machine is None:
+            _set_size(task, needs)
+        else:
+            _set_machine(task, machine)
     return task
+
+
+def _callers() -> list[tuple[Any, ...]]:
+    """What kfp reads of `inspect.stack()` at every setting of a size, the callers' names, without looking for the source
+    line of each in every module there is: that took seconds of a compilation, and half a minute with torch imported."""
+    frame, names = sys._getframe(1), []
+    while frame.f_back is not None:
+        names.append((frame, frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
+        frame = frame.f_back
+    return names
 
 
 def _set_size(task: PipelineTask, needs: _Needs) -> None:

@@ -1,4 +1,7 @@
-"""The pipeline `comparison`: preflight -> data -> model -> sft -> every method of a list, each evaluated -> report."""
+"""The pipeline `comparison`: preflight -> data -> model -> sft -> every method of a list, each evaluated -> report.
+
+The pipeline's function is long by its parameters alone (see `sapo.py`).
+"""
 
 from typing import Any
 

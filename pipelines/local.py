@@ -185,7 +185,10 @@ class LocalRun:
             return f"kfp.local could not go on: {error}; its log: {self.directory / 'logs' / 'kfp.log'}"
         code = failed.exit_code
         how = f"failed with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
-        return f"task {failed.name} ({failed.title}) {how}; its log: {failed.log}"
+        said = [line for line in failed.log.read_text(encoding="utf-8").splitlines() if ": error: " in line]
+        return f"task {failed.name} ({failed.title}) {how}; its log: {failed.log}" + "".join(
+            f"\n{s}" for s in said[-1:]
+        )
 
     def raise_if_interrupted(self) -> None:
         if self._signals:

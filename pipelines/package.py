@@ -8,8 +8,10 @@ from typing import Any
 
 import yaml
 
-from components.common.cli import read_yaml_mapping
+from components.common.cli import find_recipe, read_yaml_mapping, recipe_names
 from components.common.errors import UserError
+from components.common.locations import existing_path, scheme
+from pipelines.methods import METHOD_LISTS
 
 COMPILED = Path(__file__).parent / "compiled"
 # KFP's parameter types: the Python types that fit, and what to call them in a message.
@@ -21,6 +23,8 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "NUMBER_DOUBLE": ((int, float), "a number"),
     "BOOLEAN": ((bool,), "true or false"),
 }
+# Recipes that are called after their use and not after their stage.
+_STAGES = {"sft_data_recipe": "data", "sapo_dpo_recipe": "sapo", "sapo_orpo_recipe": "sapo"}
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,49 @@ def run_arguments(package: Package, run_file: str | None, assignments: list[str]
         if parameter.required and name not in arguments:
             raise UserError(f"pipeline {package.name}: parameter {name!r} is required: {parameter.description}")
     return arguments
+
+
+def check_recipes(package: Package, arguments: dict[str, Any]) -> None:
+    """Refuses a run on this machine whose recipes are not there, before minutes of it have passed.
+
+    Raises:
+        UserError: naming the parameter or entry, and the recipes that the stage has.
+    """
+    wanted = []
+    for name, parameter in package.parameters.items():
+        value = arguments.get(name, parameter.default)
+        if name.endswith("_recipe"):
+            wanted.append((name, _STAGES.get(name, name.removesuffix("_recipe")), value))
+        elif name in METHOD_LISTS:
+            wanted += [(f"{name}: {entry['name']}: recipe", entry["stage"], entry["recipe"]) for entry in value]
+    for where, stage, recipe in wanted:
+        try:
+            find_recipe(stage, recipe)
+        except UserError as error:
+            close = difflib.get_close_matches(recipe, recipe_names(stage), n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise UserError(f"{where} = {recipe!r}{hint} {str(error).partition(': ')[2]}") from error
+
+
+def own_data(package: Package, place: str, command: str) -> list[str]:
+    """Assignments of `run_arguments` that make a run read rows of the user's own, for SFT too.
+
+    Args:
+        place: a path, or a URI that the data stage reads.
+        command: run, or submit, whose stages do not see this machine's files.
+
+    Raises:
+        UserError: there is no such file, or the run cannot see it.
+    """
+    if not scheme(place):
+        if command == "submit":
+            raise UserError(f"--data {place}: a cluster does not see this machine's files; give hf:// or s3://")
+        place = str(existing_path(place, "data").resolve())
+    settings = json.dumps({"source": place})
+    names = [name.removesuffix("_recipe") for name in ("data_recipe", "sft_data_recipe") if name in package.parameters]
+    if not names:
+        raise UserError(f"--data {place}: pipeline {package.name} has no data_recipe")
+    return [a for name in names for a in (f"{name}_recipe=own", f"{name}_settings={settings}")]
 
 
 def _assign(package: Package, arguments: dict[str, Any], assignment: str) -> None:

@@ -1,4 +1,8 @@
-"""The pipeline `sapo`: preflight -> data -> model -> sft -> SAPO with two losses -> evaluation of all four -> report."""
+"""The pipeline `sapo`: preflight -> data -> model -> sft -> SAPO with two losses -> evaluation of all four -> report.
+
+The function is as long as its parameters: Kubeflow Pipelines reads them, and the meanings its form shows, from its signature
+and docstring, so that the three pipelines cannot share theirs. What they do is the last third.
+"""
 
 from kfp import dsl
 

@@ -25,7 +25,6 @@ _BODY = {
         "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
     ),
 }
-TEMPLATES = tuple(_BODY)
 
 
 class EncodedRow(TypedDict):

@@ -148,7 +148,8 @@ class ConfigParser:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             return text
-        return [value] if isinstance(value, str) and list[str] in members else value  # `--names a` is a list of one
+        takes_lists = {typing.get_origin(member) for member in set(members) - {type(None)}} <= {list, tuple}
+        return [value] if takes_lists and isinstance(value, str | float | int) else value  # `--names a`: a list of one
 
     def _checked(self, values: dict[str, Any], where: str) -> dict[str, Any]:
         checked = {}

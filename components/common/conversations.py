@@ -85,7 +85,8 @@ def read_rows(data: str | Path, split: str) -> list[Row]:
     """Reads `<data>/<split>.jsonl` as the data stage wrote it.
 
     Raises:
-        UserError: the directory or file is missing, empty, or a line is not a row of the format; names the line.
+        UserError: the directory or file is missing, there is no training row, or a line is not a row of the format;
+            names the line.
     """
     path = Path(data) / f"{split}.jsonl"
     if not path.is_file():
@@ -97,7 +98,7 @@ def read_rows(data: str | Path, split: str) -> list[Row]:
                 rows.append(check_row(json.loads(line)))
             except ValueError as error:  # json.JSONDecodeError is one
                 raise UserError(f"{path}, line {number}: {error}") from error
-    if not rows:
+    if not rows and split != "test":  # a data stage with test_rows: 0 holds none out
         raise UserError(f"{path}: holds no row")
     return rows
 

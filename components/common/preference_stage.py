@@ -13,8 +13,7 @@ from typing import Any
 
 from components.common import launch
 from components.common.cli import ConfigParser
-from components.common.conversations import read_rows
-from components.common.errors import UserError
+from components.common.conversations import Row, read_rows
 from components.common.kfp_outputs import publish
 from components.common.models import load_model, load_tokenizer
 from components.common.preference import EncodedPair, Loss, encode_pairs, preference_trainer
@@ -53,12 +52,11 @@ def run(loss: Loss, settings: type, description: str, argv: Sequence[str], start
     launch.start(parser, argv)
     stage, args = parser.parse(argv)
 
-    if (strategy := getattr(args.eval_strategy, "value", args.eval_strategy)) != "no" and stage.eval_rows == 0:
-        raise UserError(f"eval_strategy = {strategy} needs held-out rows; raise eval_rows, or set it to no")
+    held_out = stage.held_out_rows(args.eval_strategy)
     checkpoint = checkpoint_to_resume(stage)
     tokenizer = load_tokenizer(stage.model)
-    train, dropped = _pairs(tokenizer, stage, args, "train")
-    evaluation = _pairs(tokenizer, stage, args, "test", stage.eval_rows)[0] if stage.eval_rows else None
+    train, dropped = _pairs(tokenizer, stage, args, read_rows(stage.data, "train"))
+    evaluation = _pairs(tokenizer, stage, args, held_out)[0] if held_out else None
     identity = run_identity(args, train)
     if checkpoint:
         check_identity(checkpoint, identity)
@@ -78,10 +76,7 @@ def run(loss: Loss, settings: type, description: str, argv: Sequence[str], start
     _write(loss, stage, args, trainer, summary)
 
 
-def _pairs(
-    tokenizer: Any, stage: Any, args: Any, split: str, limit: int | None = None
-) -> tuple[list[EncodedPair], int]:
-    rows = read_rows(stage.data, split)[:limit]
+def _pairs(tokenizer: Any, stage: Any, args: Any, rows: list[Row]) -> tuple[list[EncodedPair], int]:
     return encode_pairs(tokenizer, rows, min(stage.max_prompt_length, args.max_length), args.max_length)
 
 

@@ -12,6 +12,8 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from components.common.cli import REQUIRED, StageConfig, setting
+from components.common.conversations import Row, read_rows
+from components.common.errors import UserError
 from components.common.launch import is_launched, join_on_cpu
 from components.common.progress import progress
 
@@ -50,6 +52,19 @@ class TrainingStageConfig(StageConfig):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be {least} or more")
         self.model = self._start_model()
+
+    def held_out_rows(self, eval_strategy: Any = "no") -> list[Row]:
+        """The first `eval_rows` held-out rows; none where the data stage held none out.
+
+        Raises:
+            UserError: there are none, and `eval_strategy` (transformers' setting) wants some.
+        """
+        rows = read_rows(self.data, "test")[: self.eval_rows] if self.eval_rows else []
+        strategy = getattr(eval_strategy, "value", eval_strategy)
+        if not rows and strategy != "no":
+            few = "eval_rows" if self.eval_rows == 0 else "the data stage's test_rows"
+            raise UserError(f"eval_strategy = {strategy} needs held-out rows; raise {few}, or set it to no")
+        return rows
 
     def _start_model(self) -> str:
         """The one directory to start from."""

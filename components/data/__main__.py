@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     _refuse_bad_sources(config, collection, examples)
     splits = _arrange(config, collection, examples)
     statistics = _write(config, collection, splits, layouts)
-    _log(statistics, config.output)
+    _log(statistics, config.output, collection.rejected("broken"))
     publish(config.executor_input, {"data": _metadata(statistics)})
 
 
@@ -68,7 +68,10 @@ def _plan(config: DataConfig) -> str:
         source = locate(uri, getattr(config, f"{name}_split"), name)
         _, layout = records_and_format(source, config.format)
         lines += [f"{name}: {uri}, format {layout}, files: {', '.join(map(source.name, source.files))}"]
-    lines += [f"held out: up to {config.test_rows} rows, seed {config.seed}"]
+    share = 0 < config.test_rows < 1
+    lines += [
+        f"held out: up to {f'{config.test_rows:.0%} of the' if share else config.test_rows} rows, seed {config.seed}"
+    ]
     lines += [f"stops above {config.max_rejected_share:.1%} broken rows"]
     return "\n".join([*lines, f"would write train.jsonl, test.jsonl, {', '.join(_BESIDES)} to {config.output}"])
 
@@ -115,13 +118,19 @@ def _arrange(
 ) -> dict[str, list[Example]]:
     """Splits, shuffles and cuts the rows, and gives them their counterparts."""
     train, test = examples["train"], examples["test"]
+    held_out = config.rows_to_hold_out(len(train))
     if not config.test_source:
-        train, test = split(train, config.test_rows, config.seed)
+        train, test = split(train, held_out, config.seed)
     if not train:
-        raise UserError(f"test_rows = {config.test_rows} holds out all {len(test)} usable rows; lower it")
+        raise UserError(
+            f"test_rows = {config.test_rows} holds out all {len(test)} usable rows; lower it, or give a share such as 0.1"
+        )
     splits = {}
-    for name, rows, setting in (("train", train, "max_rows"), ("test", test, "test_rows")):
-        kept = shuffled(rows, config.seed)[: getattr(config, setting)]
+    for name, rows, setting, most in (
+        ("train", train, "max_rows", config.max_rows),
+        ("test", test, "test_rows", held_out),
+    ):
+        kept = shuffled(rows, config.seed)[:most]
         if len(kept) < len(rows):
             collection.notes[f"usable rows left out by {setting}"] = len(rows) - len(kept)
         splits[name] = with_rejected(kept, name) if config.rejected == "other_conversation" else kept
@@ -174,10 +183,12 @@ def _metadata(statistics: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _log(statistics: dict[str, Any], output: str) -> None:
+def _log(statistics: dict[str, Any], output: str, broken: list[Rejection]) -> None:
     counts = _metadata(statistics)
     logger.info("%d training and %d held-out rows in %s", counts["train_rows"], counts["test_rows"], output)
     logger.info("%d rows broken, %d filtered out; see report.md", counts["broken_rows"], counts["filtered_rows"])
+    if broken:
+        logger.info("broken: %s", report.top_reasons(broken))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Settings of the data stage."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from components.common.cli import REQUIRED, StageConfig, setting
@@ -26,7 +27,10 @@ class DataConfig(StageConfig):
         "auto", "Layout of the rows; auto looks at the fields of the first rows."
     )
 
-    test_rows: int = setting(500, "Rows to hold out, at most; conversations are held out whole. 0 for none.")
+    test_rows: int | float = setting(
+        500,
+        "Rows to hold out, at most; below 1 the share of usable rows; conversations are held out whole. 0 for none.",
+    )
     test_source: str | None = setting(None, "Take the held-out rows from here instead of from `source`.")
     test_source_split: str | None = setting(None, "`source_split` of `test_source`, e.g. test_sft.")
     seed: int = setting(42, "Another seed is another split and another order.")
@@ -61,8 +65,14 @@ class DataConfig(StageConfig):
         for name, least in {"test_rows": 0, "max_rows": 1, "min_turns": 1, "max_turns": 1}.items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"{name} = {value} must be {least} or more")
+        if self.test_rows != int(self.test_rows) and not (self.test_rows < 1 and self.test_source is None):
+            raise ValueError(f"test_rows = {self.test_rows} must be whole, or a share of `source` below 1")
         for what in ("response_characters", "prompt_characters", "turns"):
             self._check_range(f"min_{what}", f"max_{what}")
+
+    def rows_to_hold_out(self, usable: int) -> int:
+        """How many of the usable rows may be held out; a share is rounded up."""
+        return math.ceil(self.test_rows * usable) if 0 < self.test_rows < 1 else int(self.test_rows)
 
     def _check_range(self, low: str, high: str) -> None:
         least, most = getattr(self, low), getattr(self, high)

@@ -9,6 +9,7 @@ from typing import Any
 from components.common.conversations import Message, Row
 from components.data.config import DataConfig
 from components.data.rows import Collection, Example, Rejection, characters, turns
+from components.data.sources import where
 
 REASONS_IN_ERROR = 3
 REASONS_SHOWN = 20
@@ -81,7 +82,7 @@ def top_reasons(rejections: list[Rejection]) -> str:
     entries = sorted(by_reason(rejections), key=lambda entry: -entry["rows"])[:REASONS_IN_ERROR]
     places = [first[entry["kind"], entry["reason"]] for entry in entries]
     return "; ".join(
-        f"{entry['reason']} ({entry['rows']} x, first in {place.file} line {place.line})"
+        f"{entry['reason']} ({entry['rows']} x, first in {where(place.file, place.line)})"
         for entry, place in zip(entries, places, strict=True)
     )
 

@@ -14,7 +14,7 @@ from components.common.errors import UserError
 from components.data.chitchat import FilteredError, read_chitchat, windows
 from components.data.config import CHITCHAT, DataConfig
 from components.data.formats import CONVERTERS, Fields, Notes, detect_format
-from components.data.sources import Record, Source, read_records
+from components.data.sources import Record, Source, read_records, where
 
 ROWS_TO_DETECT_FROM = 100
 
@@ -175,7 +175,7 @@ def records_and_format(source: Source, format: str) -> tuple[Iterator[Record], s
     if not first:
         raise UserError(f"{source.uri}: no usable row: it is empty")
     if not rows:
-        raise UserError(f"{source.uri}: no usable row: {first[0].file} line {first[0].line}: {first[0].problem}")
+        raise UserError(f"{source.uri}: no usable row: {where(first[0].file, first[0].line)}: {first[0].problem}")
     if not (detected := detect_format(rows)):
         raise UserError(
             f"{source.uri}: its layout is none that can be read; the first row has the fields "

@@ -43,6 +43,11 @@ class Record:
     problem: str = ""
 
 
+def where(file: str, line: int) -> str:
+    """A record's place in words: lines of a .jsonl file can be looked up in an editor, rows of the others are counted."""
+    return f"{file} {'line' if file.endswith('.jsonl') else 'row'} {line}"
+
+
 def locate(uri: str, split: str | None, setting: str) -> Source:
     """Finds the files of a source, fetching them where they are remote.
 

@@ -1,0 +1,1 @@
+"""evaluation: benchmarks of a model, each a module of its own, behind one stage."""

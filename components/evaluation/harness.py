@@ -157,7 +157,9 @@ def _documents(
     data: str, model: str, max_length: int, limit: int | None, seed: int
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """`check` and `run` need the same documents, and tokenising all replies takes a while."""
-    return make_documents(read_rows(data, "test"), load_tokenizer(model), max_length, limit, seed)
+    if not (rows := read_rows(data, "test")):
+        raise UserError(f"{data}: the data stage held no row out (test_rows: 0), and held_out scores held-out rows")
+    return make_documents(rows, load_tokenizer(model), max_length, limit, seed)
 
 
 def window(config: EvaluationConfig) -> int:

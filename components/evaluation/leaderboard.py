@@ -36,7 +36,7 @@ from components.common.errors import UserError
 from components.common.locations import existing_path
 from components.common.models import load_tokenizer, stop_ids
 from components.common.progress import progress
-from components.common.samplers.vllm import import_vllm
+from components.common.samplers.vllm import import_vllm, last_engine_cleans_up
 from components.evaluation.benchmarks import Context, Metric, Outcome
 from components.evaluation.config import EvaluationConfig
 from components.evaluation.harness import window
@@ -230,7 +230,7 @@ def _vllm_lm(config: EvaluationConfig, context: Context, length: int) -> Any:
     options: dict[str, Any] = {"enforce_eager": True}
     if context.device == "cuda":
         options = {"gpu_memory_utilization": config.gpu_memory_utilization}
-    return _vllm_class()(
+    lm = _vllm_class()(
         pretrained=config.model,
         dtype=context.dtype,
         max_length=length,
@@ -239,6 +239,8 @@ def _vllm_lm(config: EvaluationConfig, context: Context, length: int) -> Any:
         tensor_parallel_size=config.tensor_parallel_size,
         **options,
     )
+    last_engine_cleans_up(lm.model.llm_engine.engine_core)
+    return lm
 
 
 def _vllm_class() -> Any:

@@ -1,0 +1,1 @@
+"""report: the results of a run's evaluations and trainings as one page of tables and curves."""

@@ -20,7 +20,7 @@ from typing import Any
 from components.common import launch
 from components.common.cli import ConfigParser, run_stage
 from components.common.conversations import read_rows
-from components.common.errors import TERMINATED, UserError
+from components.common.errors import TERMINATED
 from components.common.kfp_outputs import publish
 
 logger = logging.getLogger(__name__)
@@ -45,15 +45,11 @@ def main(argv: Sequence[str]) -> None:
     launch.start(parser, argv)
     stage, args = parser.parse(argv)
 
-    if args.eval_strategy != "no" and stage.eval_rows == 0:
-        raise UserError(
-            f"eval_strategy = {args.eval_strategy.value} needs held-out rows; raise eval_rows, or set it to no"
-        )
+    held_out = stage.held_out_rows(args.eval_strategy)
     checkpoint = checkpoint_to_resume(stage, complete_checkpoints, require_complete)
     tokenizer = load_tokenizer(stage.model)
     max_prompt_length = min(stage.max_prompt_length, args.max_length)
     train, dropped = encode_rows(tokenizer, read_rows(stage.data, "train"), max_prompt_length, args.max_length)
-    held_out = read_rows(stage.data, "test")[: stage.eval_rows]
     evaluation = encode_rows(tokenizer, held_out, max_prompt_length, args.max_length)[0] if held_out else None
     plan = describe(train, dropped, load_config(stage.model), args)
     if checkpoint:

@@ -18,7 +18,7 @@ from typing import Any
 
 from components.common import launch
 from components.common.cli import ConfigParser, run_stage
-from components.common.conversations import read_rows
+from components.common.conversations import Row, read_rows
 from components.common.kfp_outputs import publish
 
 logger = logging.getLogger(__name__)
@@ -45,10 +45,11 @@ def main(argv: Sequence[str]) -> None:
     launch.start(parser, argv)
     stage, args = parser.parse(argv)
 
+    held_out = stage.held_out_rows(args.eval_strategy)
     checkpoint = checkpoint_to_resume(stage)
     tokenizer = load_tokenizer(stage.model)
-    train, dropped = _dataset(tokenizer, stage, args, "train", limit=None)
-    evaluation = _dataset(tokenizer, stage, args, "test", stage.eval_rows)[0] if stage.eval_rows else None
+    train, dropped = _dataset(tokenizer, stage, args, read_rows(stage.data, "train"))
+    evaluation = _dataset(tokenizer, stage, args, held_out)[0] if held_out else None
     identity = run_identity(args, train)
     if checkpoint:
         check_identity(checkpoint, identity)
@@ -66,14 +67,13 @@ def main(argv: Sequence[str]) -> None:
     leave()
 
 
-def _dataset(tokenizer: Any, stage: Any, args: Any, split: str, limit: int | None) -> tuple[Any, int]:
+def _dataset(tokenizer: Any, stage: Any, args: Any, rows: list[Row]) -> tuple[Any, int]:
     """Rows as (`input_ids`, `completion_mask`), 1 on response tokens; and how many were dropped."""
     from datasets import Dataset, disable_progress_bars
 
     from components.common.chat_templates import encode_rows
 
     disable_progress_bars()  # of what TRL maps over the rows; training has its own
-    rows = read_rows(stage.data, split)[:limit]
     encoded, dropped = encode_rows(tokenizer, rows, min(stage.max_prompt_length, args.max_length), args.max_length)
     columns = {
         "input_ids": [row["prompt_ids"] + row["chosen_ids"] for row in encoded],

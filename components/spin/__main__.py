@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     max_prompt_length = min(stage.max_prompt_length, settings.max_length)
     rows = read_rows(stage.data, "train")[: settings.train_rows]
     train, dropped = encode_rows(tokenizer, rows, max_prompt_length, settings.max_length)
-    rows = read_rows(stage.data, "test")[: stage.eval_rows] if stage.eval_rows else []
+    rows = stage.held_out_rows()
     held_out = encode_rows(tokenizer, rows, max_prompt_length, settings.max_length)[0] if rows else []
     files = _files(stage, settings, train, held_out)
     _show_plan(stage, settings, len(train), dropped, files)

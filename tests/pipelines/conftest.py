@@ -1,3 +1,5 @@
+"""Compiled pipelines of fake stages, and the command line in this process."""
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

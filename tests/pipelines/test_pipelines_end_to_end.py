@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,13 +31,36 @@ STEPS = {"max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1, "
 SPIN = {"train_rows": 8, "per_device_train_batch_size": 4, "max_new_tokens": 4, "logging_steps": 1, "eval_rows": 4}
 
 
-def run(directory: Path, chat_data: Path, micro_model: Path, pipeline: str, **arguments: object) -> tuple[Path, str]:
-    """Runs a pipeline from chats to report; gives the directory of the run and what was said."""
+def as_alpaca(row: dict) -> dict[str, object]:
+    return {"instruction": row["prompt"][0]["content"], "input": "", "output": row["chosen"][0]["content"]}
+
+
+def as_sharegpt(row: dict) -> dict[str, object]:
+    roles = {"user": "human", "assistant": "gpt"}
+    return {"conversations": [{"from": roles[m["role"]], "value": m["content"]} for m in row["prompt"] + row["chosen"]]}
+
+
+def run(
+    directory: Path,
+    chat_data: Path,
+    micro_model: Path,
+    pipeline: str,
+    own: Callable[[dict], dict[str, object]] | None = None,
+    **arguments: object,
+) -> tuple[Path, str]:
+    """Runs a pipeline from chats to report; gives the directory of the run and what was said.
+
+    With `own` the chats come in that form, by `--data`, as a user's own rows do.
+    """
     source = directory / "chats.jsonl"
-    source.write_text("".join((chat_data / f"{split}.jsonl").read_text() for split in ("train", "test")))
-    data = {"source": str(source), "format": "auto", "test_rows": 16, "min_response_characters": 1}
+    text = "".join((chat_data / f"{split}.jsonl").read_text() for split in ("train", "test"))
+    if own:
+        text = "".join(json.dumps(own(json.loads(line))) + "\n" for line in text.splitlines())
+    else:
+        data = {"source": str(source), "format": "auto", "test_rows": 16, "min_response_characters": 1}
+        arguments |= {"data_settings": data}
+    source.write_text(text)
     arguments |= {
-        "data_settings": data,
         "model_settings": {"source": f"scratch://{micro_model.parent / 'micro.yaml'}"},
         "sft_settings": STEPS,
         "evaluation_settings": {"limit": 12},
@@ -46,6 +70,7 @@ def run(directory: Path, chat_data: Path, micro_model: Path, pipeline: str, **ar
     path.write_text(yaml.safe_dump(arguments))
     output = directory / "output"
     command = [sys.executable, "-m", "pipelines", "run", pipeline, "--run", str(path), "--output", str(output)]
+    command += ["--data", str(source)] if own else []
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return output, done.stdout
@@ -54,7 +79,7 @@ def run(directory: Path, chat_data: Path, micro_model: Path, pipeline: str, **ar
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, chat_data, micro_model) -> tuple[Path, str]:
     settings = {"sapo_dpo_settings": STEPS, "sapo_orpo_settings": STEPS}
-    return run(tmp_path_factory.mktemp("sapo"), chat_data, micro_model, "sapo", **settings)
+    return run(tmp_path_factory.mktemp("sapo"), chat_data, micro_model, "sapo", as_alpaca, **settings)
 
 
 def method(name: str, stage: str, recipe: str, start: str = "sft", **settings: object) -> dict[str, object]:
@@ -84,8 +109,7 @@ def compared(tmp_path_factory, chat_data, micro_model) -> tuple[Path, str]:
 
 @pytest.fixture(scope="module")
 def ablated(tmp_path_factory, chat_data, micro_model) -> tuple[Path, str]:
-    arguments = {"variants": VARIANTS, "sft_data_settings": {"max_rows": 24}}
-    return run(tmp_path_factory.mktemp("ablation"), chat_data, micro_model, "ablation", **arguments)
+    return run(tmp_path_factory.mktemp("ablation"), chat_data, micro_model, "ablation", as_sharegpt, variants=VARIANTS)
 
 
 def rows_of(markdown: str, heading: str) -> list[str]:
@@ -161,7 +185,7 @@ def test_the_table_holds_what_the_evaluations_measured(finished):
     assert set(results) == {"base", "sft", "sapo-dpo", "sapo-orpo"}
     report = (output / "outputs" / "report" / "report" / "report.md").read_text()
     for name, metrics in results.items():
-        assert metrics["next_reply_accuracy"]["n"] == 12
+        assert metrics["next_reply_accuracy"]["n"] == 7  # a tenth of 64 rows
         assert name in report
         assert f"{metrics['perplexity_per_token']['value']:.0f}"[:2] in report
     assert "unigram" in said

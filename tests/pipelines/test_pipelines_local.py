@@ -101,6 +101,13 @@ def test_output_below_a_folder_named_python3(fake_package: Path, tmp_path: Path,
     assert (run_directory / "outputs" / "first" / "made" / "flags.json").is_file()
 
 
+def test_what_a_failed_stage_said_is_told_last(fake_package: Path, tmp_path: Path, run_cli: Cli) -> None:
+    settings = ["--set", "steps=1", "--set", "one={exit_code: 2, say: 'fake: error: rate = 2: must be below 1'}"]
+    code, _, err = run_cli("run", fake_package, *settings, "--output", tmp_path / "run")
+    assert code == 1
+    assert err.splitlines()[1:] == ["fake: error: rate = 2: must be below 1"]
+
+
 def test_failed_stage_is_named_with_exit_code_and_log(fake_package: Path, tmp_path: Path, run_cli: Cli) -> None:
     failing = ["--set", "steps=1", "--set", "two.exit_code=3"]
     code, out, err = run_cli("run", fake_package, *failing, "--output", tmp_path / "run")

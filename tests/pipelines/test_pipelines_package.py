@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from components.common.errors import UserError
-from pipelines.package import COMPILED, Package, read_package, run_arguments
+from pipelines.package import COMPILED, Package, check_recipes, own_data, read_package, run_arguments
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -144,3 +144,58 @@ def test_wrong_usage_is_told_in_one_line(run_cli: Cli, argv: list[str], message:
     code, out, err = run_cli(*argv)
     assert (code, out) == (2, "")
     assert message in err and err.startswith("pipelines: error: ") and err.count("\n") == 1
+
+
+def test_data_of_ones_own_replace_those_of_the_run_for_every_stage(tmp_path: Path) -> None:
+    rows = tmp_path / "my.jsonl"
+    rows.write_text("{}")
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text("data_recipe: chitchat\ndata_settings: {max_rows: 5}")
+    package = read_package("comparison")
+    arguments = run_arguments(package, str(run_file), own_data(package, str(rows), "run"))
+    own = {"data_recipe": "own", "data_settings": {"source": str(rows)}}
+    assert arguments == own | {f"sft_{name}": value for name, value in own.items()}
+    assert own_data(read_package("sapo"), "s3://b/my.jsonl", "submit") == [
+        "data_recipe=own",
+        'data_settings={"source": "s3://b/my.jsonl"}',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["run", "sapo", "--data", "none.jsonl"], "--data none.jsonl: no such file or directory"),
+        (["submit", "sapo", "--endpoint", "http://x", "--data", "my.jsonl"], "a cluster does not see this machine's"),
+    ],
+)
+def test_data_that_the_run_cannot_read_are_refused(run_cli: Cli, argv: list[str], message: str) -> None:
+    code, out, err = run_cli(*argv)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_pipelines_without_a_data_stage_take_no_data(fake_package: Path, tmp_path: Path, run_cli: Cli) -> None:
+    code, _, err = run_cli("run", fake_package, "--set", "steps=1", "--data", tmp_path, "--output", tmp_path / "run")
+    assert code == 2 and "pipeline fake has no data_recipe" in err
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("sapo_dpo_recipe=tny-dpo", "sapo_dpo_recipe = 'tny-dpo'; did you mean 'tiny-dpo'? no such file, and sapo has"),
+        ("data_recipe=none.yaml", "data_recipe = 'none.yaml' no such file, and data has no such recipe (capybara, "),
+    ],
+)
+def test_a_recipe_that_is_not_there_ends_a_local_run_at_once(
+    run_cli: Cli, tmp_path: Path, assignment: str, message: str
+) -> None:
+    code, out, err = run_cli("run", "sapo", "--set", assignment, "--output", tmp_path / "run")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"pipelines: error: {message}") and not (tmp_path / "run").exists()
+
+
+def test_a_recipe_of_a_method_is_named_with_it() -> None:
+    package = read_package("comparison")
+    method = {"name": "mine", "stage": "dpo", "start": "sft", "recipe": "tinny", "settings": {}}
+    with pytest.raises(UserError, match=r"methods: mine: recipe = 'tinny'; did you mean 'tiny'\?"):
+        check_recipes(package, {"methods": [method]})

@@ -142,7 +142,7 @@ class VLLMSampler:
         with _kept_random_states():
             self._llm = import_vllm().LLM(**options)
             self._sleep()
-        _last_engine_cleans_up(self._llm.llm_engine.engine_core)
+        last_engine_cleans_up(self._llm.llm_engine.engine_core)
 
     def _generate(self, requests: list[tuple[list[int], int, int]]) -> list[list[int]]:
         vllm, settings = import_vllm(), self.settings
@@ -202,8 +202,10 @@ class VLLMSampler:
         llm.llm_engine.engine_core.shutdown()
 
 
-def _last_engine_cleans_up(client: Any) -> None:
-    """An engine that was never closed cleans up when the process ends. The parallel state that it takes down is that of all
+def last_engine_cleans_up(client: Any) -> None:
+    """To be called with every engine that starts.
+
+    One that was never closed cleans up when the process ends. The parallel state that it takes down is that of all
     engines of the process, and taking it down twice fails: only the newest engine keeps this duty."""
     for earlier in _CLIENTS:
         earlier._finalizer.detach()

@@ -19,6 +19,7 @@ class ToyConfig(StageConfig):
     fast: bool = setting(False, "Fast.")
     limit: int | None = setting(None, "Rows.")
     names: list[str] = setting([], "Names.")
+    shares: tuple[float, ...] = setting((), "Shares.")
 
     def __post_init__(self) -> None:
         if not 0 <= self.rate <= 1:
@@ -64,6 +65,7 @@ def test_recipe_may_give_required_settings(recipe):
         (["--steps", "12"], "steps", 12),
         (["--names", "[a, b]"], "names", ["a", "b"]),
         (["--names", "a"], "names", ["a"]),
+        (["--shares", "0.5"], "shares", (0.5,)),
         (["--source", "123"], "source", "123"),
         (["--settings", ""], "rate", 0.1),
     ],

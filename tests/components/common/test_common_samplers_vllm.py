@@ -2,6 +2,8 @@
 
 import random
 import time
+import weakref
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from components.common.errors import UserError
 from components.common.samplers import Canary, SamplingSettings, make_canary
 from components.common.samplers.hf import HFSampler
-from components.common.samplers.vllm import VLLMSampler, WrongWeights, import_vllm
+from components.common.samplers.vllm import VLLMSampler, WrongWeights, last_engine_cleans_up
 from components.common.samplers.worker import SamplerTimeout, Worker
 
-try:
-    import_vllm()
-    MISSING = ""
-except UserError as error:
-    MISSING = str(error)
-
-needs_vllm = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+needs_vllm = pytest.mark.skipif(not find_spec("vllm"), reason="vLLM is not installed")
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12], [5, 6, 7, 8, 9, 10, 11, 12, 13], [40, 41, 42]]
 SEEDS = [3, 4, 5, 6]
@@ -71,6 +67,7 @@ def engine(engines):
 
 
 @needs_vllm
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_greedy_tokens_are_those_of_hugging_face_before_and_after_pushes(engines, tied):
     sampler, limits = engines[tied], [12, 5, 9, 1]
@@ -89,6 +86,7 @@ def test_greedy_tokens_are_those_of_hugging_face_before_and_after_pushes(engines
 
 
 @needs_vllm
+@pytest.mark.slow
 def test_seeded_draws_depend_on_the_seed_alone(engine):
     engine.settings = DRAWN
     together = engine.generate(PROMPTS, [12] * 4, SEEDS)
@@ -100,6 +98,7 @@ def test_seeded_draws_depend_on_the_seed_alone(engine):
 
 
 @needs_vllm
+@pytest.mark.slow
 def test_more_prompt_tokens_than_fit_one_pass_draw_the_same(engine):
     """60 prompts of 100 tokens: vLLM would compute some in parts, and draw from their seeds for each part."""
     engine.settings = DRAWN
@@ -109,6 +108,7 @@ def test_more_prompt_tokens_than_fit_one_pass_draw_the_same(engine):
 
 
 @needs_vllm
+@pytest.mark.slow
 def test_draws_follow_the_models_distribution(engine):
     """3,000 first tokens against the softmax: the ten likeliest tokens' shares within 4 sigma."""
     engine.settings = DRAWN
@@ -123,6 +123,7 @@ def test_draws_follow_the_models_distribution(engine):
 
 
 @needs_vllm
+@pytest.mark.slow
 def test_a_stop_token_ends_a_continuation_and_is_kept(engine):
     everything = engine.generate(PROMPTS, [12] * 4, SEEDS)
     stop = everything[1][4]
@@ -143,6 +144,7 @@ def seed_all() -> None:
 
 
 @needs_vllm
+@pytest.mark.slow
 def test_random_states_are_left_as_they_were(engine):
     engine.settings = DRAWN
     model = micro_llama(1, True)
@@ -155,6 +157,7 @@ def test_random_states_are_left_as_they_were(engine):
 
 
 @needs_vllm
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_canary_of_other_weights_raises(engines, tied):
     sampler, pushed, meant = engines[tied], micro_llama(1, tied), micro_llama(2, tied)
@@ -164,6 +167,7 @@ def test_a_canary_of_other_weights_raises(engines, tied):
 
 
 @needs_vllm
+@pytest.mark.slow
 def test_a_push_that_forgets_the_tied_head_is_caught(engine, monkeypatch):
     monkeypatch.setattr("components.common.samplers.vllm._repack_tied_head", lambda worker: None)
     model = micro_llama(3, True)
@@ -172,6 +176,7 @@ def test_a_push_that_forgets_the_tied_head_is_caught(engine, monkeypatch):
 
 
 @needs_vllm
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_before_the_engine_sees_it(engine):
     with pytest.raises(UserError, match="a prompt of 100 tokens and 29 new ones exceed max_model_len 128"):
         engine.generate([[5] * 100], [29], [1])
@@ -180,6 +185,7 @@ def test_what_does_not_fit_is_refused_before_the_engine_sees_it(engine):
 
 
 @needs_vllm
+@pytest.mark.slow
 def test_an_engines_exception_reaches_the_caller_with_its_traceback(engine, monkeypatch):
     def broken(*args, **options):
         raise ValueError("no memory left")
@@ -209,6 +215,22 @@ def test_a_call_that_hangs_is_named_and_the_sampler_refuses_further_ones(tmp_pat
     with pytest.raises(RuntimeError, match=r"takes no calls: generate took longer than 0\.2 s"):
         sampler.load([], version=1)
     sampler.close()
+
+
+def test_engines_that_are_never_closed_clean_up_once():
+    """Taking the parallel state of the process down twice fails: "Invalid process group specified"."""
+
+    class Client:
+        def __init__(self):
+            self._finalizer = weakref.finalize(self, ended.append, len(clients))
+
+    ended, clients = [], []
+    for _ in range(3):
+        clients.append(Client())
+        last_engine_cleans_up(clients[-1])
+    for client in clients:
+        client._finalizer()
+    assert ended == [2]
 
 
 def test_a_worker_names_the_call_that_hangs():

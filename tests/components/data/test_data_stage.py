@@ -261,3 +261,46 @@ def test_command_line_ends_with_one_line_and_code_2(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr == "data: error: --source /nowhere.jsonl: no such file or directory\n"
+
+
+ALPACA = [{"instruction": f"Do {n}", "input": "", "output": f"Done {n}"} for n in range(30)]
+SHAREGPT = [
+    {"conversations": [{"from": "human", "value": f"Question {n}"}, {"from": "gpt", "value": f"Answer {n}"}]}
+    for n in range(30)
+]
+
+
+@pytest.mark.parametrize("rows", [ALPACA, SHAREGPT])
+def test_rows_of_ones_own_need_their_place_alone(tmp_path, jsonl, rows):
+    """A tenth is held out, and both splits have a `rejected` for the paired methods."""
+    main(["--config", "own", "--source", str(jsonl(*rows)), "--output", str(tmp_path / "out")])
+    splits = {split: read_rows(tmp_path / "out", split) for split in ("train", "test")}
+    assert {name: len(split) for name, split in splits.items()} == {"train": 27, "test": 3}
+    assert all(row["rejected"] != row["chosen"] for split in splits.values() for row in split)
+
+
+@pytest.mark.parametrize(("suffix", "word"), [("jsonl", "line"), ("json", "row")])
+def test_a_few_broken_rows_are_told_with_their_place(tmp_path, caplog, suffix, word):
+    rows = [*ALPACA, {"instruction": "x", "input": ""}]
+    text = json.dumps(rows) if suffix == "json" else "".join(json.dumps(row) + "\n" for row in rows)
+    source = tmp_path / f"mine.{suffix}"
+    source.write_text(text)
+    with caplog.at_level("INFO"):
+        main(["--config", "own", "--source", str(source), "--output", str(tmp_path / "out")])
+    assert f"broken: missing field 'output' (1 x, first in mine.{suffix} {word} 31)" in caplog.text
+
+
+@pytest.mark.parametrize(("test_rows", "held_out"), [(0, 0), (0.05, 2), (0.5, 15), (7, 7)])
+def test_rows_held_out_are_a_number_or_a_share(run, jsonl, test_rows, held_out):
+    assert len(run(jsonl(*ALPACA), test_rows=test_rows).test) == held_out
+
+
+@pytest.mark.parametrize("settings", [{"test_rows": 1.5}, {"test_rows": 0.1, "test_source": "other.jsonl"}])
+def test_a_share_that_cannot_be_held_out_is_refused(run, jsonl, settings):
+    with pytest.raises(UserError, match=r"test_rows = .* must be whole, or a share of `source` below 1"):
+        run(jsonl(*ALPACA), **settings)
+
+
+def test_holding_out_everything_is_refused(run, jsonl):
+    with pytest.raises(UserError, match=r"holds out all 30 usable rows; lower it, or give a share such as 0\.1"):
+        run(jsonl(*ALPACA), test_rows=500)

@@ -1,27 +1,22 @@
 """SAPO with vLLM as its sampler: pushes that are proven, overlap that is exact, resume. Skipped where vLLM is not installed."""
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from components.common.conversations import read_rows
-from components.common.errors import UserError
 from components.common.models import load_tokenizer
 from components.common.samplers import SamplingSettings
 from components.common.samplers.hf import HFSampler
-from components.common.samplers.vllm import WrongWeights, import_vllm
+from components.common.samplers.vllm import WrongWeights
 from components.sapo.config import SAPOConfig
 from components.sapo.schedule import Sync
 from components.sapo.trainer import SAPOTrainer
 
-try:
-    import_vllm()
-    MISSING = ""
-except UserError as error:
-    MISSING = str(error)
-
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=MISSING)]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not find_spec("vllm"), reason="vLLM is not installed")]
 
 SETTINGS = {
     "sampler": "vllm",
