@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from components.common.errors import UserError
 from components.common.storage import manifest, transfer
@@ -24,6 +25,9 @@ logger = logging.getLogger(__name__)
 PREFIX = "checkpoint-"
 LOG = "training-log"  # what a mirrored checkpoint holds besides the stage's files
 SECONDS_BETWEEN_LOOKS = 0.2
+SHARED_FROM = (
+    2**24
+)  # bytes; smaller files are sent with each checkpoint, so that damage to one object spoils one checkpoint
 LONGEST_PAUSE = 30.0  # seconds between attempts while the store is away
 
 
@@ -49,6 +53,11 @@ def mirrored(place: Location) -> list[int]:
     """Steps of the complete checkpoints below a prefix, oldest first."""
     names = [name.split("/") for name in transfer.objects(place)]
     return sorted(_step(parts[0]) for parts in names if len(parts) == 2 and parts[1] == manifest.NAME)
+
+
+def _lies_at(step: int, name: str, file: dict[str, Any]) -> str:
+    """Where a file of a mirrored checkpoint is, relative to the checkpoints."""
+    return str(file.get("at", f"{PREFIX}{step}/{name}"))
 
 
 def restore(place: Location, checkpoints: Path, log: Path, marker: str) -> int | None:
@@ -144,13 +153,30 @@ class Mirror:
         held = self._hold(path)
         started = time.monotonic()
         uri = f"{self.place}/{path.name}"
+        content = manifest.make(self._shared(manifest.describe(held)))
         options = {"bandwidth": self.bandwidth, "cancelled": self._cancelled, "before_manifest": self.check}
-        transfer.upload(held, uri, show=False, **options)  # type: ignore[arg-type]
+        transfer.upload(held, uri, content=content, show=False, **options)  # type: ignore[arg-type]
         self.uploaded = _step(path.name)
         logger.info("mirrored %s to %s in %.1f s", path.name, self.place, time.monotonic() - started)
         shutil.rmtree(self.scratch, ignore_errors=True)
         self._remove_old()
         return True
+
+    def _shared(self, files: manifest.Files) -> manifest.Files:
+        """The files; large ones that the newest checkpoint in the bucket has too say where they lie, and are not sent again."""
+        before = transfer.read_manifest(self._at(self.uploaded)) if self.uploaded >= 0 else None
+        there = transfer.objects(self.place)
+        known = {
+            f["sha256"]: _lies_at(self.uploaded, name, f) for name, f in (before or {"files": {}})["files"].items()
+        }
+        for file in files.values():
+            at = known.get(file["sha256"])
+            if file["size"] >= SHARED_FROM and at in there and there[at]["Size"] == file["size"]:
+                file["at"] = at
+        return files
+
+    def _at(self, step: int) -> Location:
+        return Location(self.place.bucket, f"{self.place.prefix}{PREFIX}{step}")
 
     def _hold(self, path: Path) -> Path:
         """The checkpoint under another name by hard links, with a copy of the log."""
@@ -166,10 +192,12 @@ class Mirror:
         return held
 
     def _remove_old(self) -> None:
-        """Keeps the newest complete checkpoints; removes older ones with what interrupted uploads left."""
+        """Keeps the newest complete checkpoints; removes older ones, but for files that are shared, and interrupted uploads."""
         kept = mirrored(self.place)[-self.keep :]
+        manifests = [transfer.read_manifest(self._at(step)) or {"files": {}} for step in kept]
+        shared = {file["at"] for content in manifests for file in content["files"].values() if "at" in file}
         names = [n for n in transfer.objects(self.place) if 0 <= _step(n.split("/")[0]) < kept[0]]
-        transfer.delete(self.place, names)
+        transfer.delete(self.place, [name for name in names if name not in shared])
 
     def finish(self, seconds: float) -> bool:
         """Waits until the newest checkpoint is in the bucket, or the time is over; whether it is."""

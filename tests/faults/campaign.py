@@ -141,7 +141,8 @@ class Campaign:
                 continue
             folder = key.removesuffix("/.manifest.json")
             for file, told in json.loads(self.get(key))["files"].items():
-                if hashlib.sha256(self.get(f"{folder}/{file}")).hexdigest() != told["sha256"]:
+                place = f"{folder.rpartition('/')[0]}/{told['at']}" if "at" in told else f"{folder}/{file}"
+                if hashlib.sha256(self.get(place)).hexdigest() != told["sha256"]:
                     found.append(f"{folder}/{file} is not what its manifest says")
         return found
 

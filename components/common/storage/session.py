@@ -40,7 +40,7 @@ FREE = (
     *("mirror_", "grace_seconds", "lease_seconds", "save_", "logging_", "log_", "report_to", "disable_", "dataloader_"),
 )
 # The file that a stage writes last into a checkpoint.
-MARKERS = {"sapo": "manifest.json"}
+MARKERS = {"sapo": "manifest.json", "spin": "saved.json"}
 MARKER = "trainer_state.json"
 # Stages that go on from what an earlier attempt left on the disk without a checkpoint; for the others it is in the way.
 GO_ON = ("spin",)
@@ -52,6 +52,11 @@ _current: "Session | None" = None
 def current() -> "Session | None":
     """The session of the stage that runs; None where `main` is called as a function."""
     return _current
+
+
+def is_mirrored() -> bool:
+    """Whether finished checkpoints in OUTPUT/checkpoints are sent to a bucket while the stage runs."""
+    return _current is not None and _current.mirror is not None
 
 
 def when_complete(remove: Callable[[], object], path: Path) -> None:

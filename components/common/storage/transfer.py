@@ -92,7 +92,8 @@ def upload(
     """Sends a directory's files, and its manifest when all of them are there.
 
     Args:
-        content: the manifest; made of all files where it is not given.
+        content: the manifest; made of all files where it is not given. A file with `at` is not sent: it lies there, relative to
+            the parent of `uri`.
         bandwidth: bytes a second, at most.
         cancelled: gives the upload up when it is set.
         before_manifest: is called when only the manifest is missing; what it raises leaves the upload incomplete.
@@ -111,7 +112,7 @@ def upload(
     there = objects(place)
     if manifest.NAME in there:
         delete(place, [manifest.NAME])  # before the first file under it changes
-    missing = _not_there(place, files, there)
+    missing = _not_there(place, {name: file for name, file in files.items() if "at" not in file}, there)
     with explained(place), _transfers(bandwidth) as manager, _bar(files, missing, f"to {place}", show) as bar:
         futures = [
             manager.upload(
@@ -153,7 +154,7 @@ def _not_there(place: Location, files: Files, there: dict[str, dict[str, Any]]) 
 def _check_sizes(place: Location, files: Files) -> None:
     there = objects(place)
     for name, file in files.items():
-        if name not in there or there[name]["Size"] != file["size"]:
+        if "at" not in file and (name not in there or there[name]["Size"] != file["size"]):
             raise UserError(
                 f"{place}/{name}: did not arrive whole; another process may write there. Run the command again"
             )
@@ -313,20 +314,34 @@ def _get(place: Location, files: Files, partial: Path) -> None:
 
 def _try_once(place: Location, files: Files, names: list[str], partial: Path) -> list[str]:
     """Downloads some files, and returns those that are not right; each is compared while others are on their way."""
+    from botocore.exceptions import ClientError
+
     targets = {name: _target(partial / name, files[name]) for name in names}
     with explained(place), _transfers() as manager, _bar(files, names, f"from {place}", True) as bar:
         futures = {
-            name: manager.download(place.bucket, place.prefix + name, target, subscribers=[bar])
+            name: manager.download(place.bucket, _key(place, name, files[name]), target, subscribers=[bar])
             for name, target in targets.items()
         }
 
         def is_right(name: str) -> bool:
-            futures[name].result()
+            try:
+                futures[name].result()
+            except ClientError as error:
+                if code_of(error) not in ("404", "NoSuchKey"):
+                    raise
+                return False
             target = targets[name]
             return target.is_right() if isinstance(target, _Arriving) else _right(partial / name, files[name])
 
         with ThreadPoolExecutor(4) as pool:
             return [name for name, right in zip(names, pool.map(is_right, names), strict=True) if not right]
+
+
+def _key(place: Location, name: str, file: dict[str, Any]) -> str:
+    """The key of a file of a prefix, which may share it with another prefix beside it."""
+    if "at" not in file:
+        return place.prefix + name
+    return f"{place.key.rpartition('/')[0]}/{file['at']}".lstrip("/")
 
 
 class _Arriving:

@@ -173,3 +173,24 @@ def test_what_the_bucket_has_is_not_sent_again(start, disk, place):
     before = transfer.objects(place)
     assert start().finish(20)
     assert transfer.objects(place) == before
+
+
+def test_a_large_file_that_stays_as_it_is_is_sent_once_and_outlives_its_checkpoint(
+    start, disk, place, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(mirror, "SHARED_FROM", 5000)
+    mirror_of = start(keep=1)
+    model = os.urandom(5000)
+    for step in (1, 2, 3):
+        directory = save(disk, step)
+        (directory / "start.safetensors").write_bytes(model)
+        os.utime(directory / MARKER)
+        wait_for(lambda step=step: mirror.mirrored(place) == [step])
+    names = set(transfer.objects(place))
+    assert {name for name in names if "start" in name} == {"checkpoint-1/start.safetensors"}
+    assert {name.split("/")[0] for name in names} == {"checkpoint-1", "checkpoint-3"}
+    mirror_of.cancel()
+    assert mirror.restore(place, tmp_path / "other", tmp_path / "log", MARKER) == 3
+    assert (tmp_path / "other" / "checkpoint-3" / "start.safetensors").read_bytes() == model
+    transfer.delete(place, ["checkpoint-1/start.safetensors"])  # as good as damaged: nothing to go on from
+    assert mirror.restore(place, tmp_path / "third", tmp_path / "log", MARKER) is None

@@ -1,5 +1,6 @@
 """Stages on `s3://` locations against a real store: the tiny pipeline, what is done already, dry runs, secrets."""
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator
@@ -55,6 +56,16 @@ class Pod:
         """Complete checkpoints of a run that is under way."""
         listed = self.client().list_objects_v2(Bucket=BUCKET, Prefix=f"pipe/{name}/checkpoints/").get("Contents", [])
         return [entry["Key"] for entry in listed if entry["Key"].endswith("/.manifest.json")]
+
+    def in_checkpoints(self, name: str) -> list[str]:
+        """Files of the complete checkpoints of a run that is under way."""
+        from botocore.exceptions import ClientError
+
+        files: list[str] = []
+        for key in self.mirrored(name):
+            with contextlib.suppress(ClientError):  # an older one may go meanwhile
+                files += json.loads(self.client().get_object(Bucket=BUCKET, Key=key)["Body"].read())["files"]
+        return files
 
     def objects(self) -> dict[str, bytes]:
         """Every object of the pipeline's."""
@@ -238,6 +249,32 @@ def test_a_trainer_of_trl_goes_on_from_the_bucket_on_an_empty_disk(pod, tmp_path
     objects = pod.objects()
     assert objects[f"pipe/{name}/model.safetensors"] == objects["pipe/dpo/model.safetensors"]
     assert not [key for key in objects if key.startswith(f"pipe/{name}/checkpoints/")]
+
+
+def test_spin_goes_on_from_the_bucket_on_an_empty_disk(pod, tmp_path):
+    """Killed while it generates, while it trains and between; each time without its disk."""
+    command = ["--data", uri("data"), "--model", uri("model"), "--train_rows", 16, "--eval_rows", 4, "--iterations", 2]
+    command += ["--learning_rates", "[1e-3, 5e-4]", "--betas", "[0.1, 0.5]", "--max_length", 96, "--max_new_tokens", 8]
+    command += ["--sampler_batch_size", 4, "--per_device_train_batch_size", 4, "--save_steps", 1, "--report_to", "none"]
+    command += ["--use_cpu", "true", "--bf16", "false", "--lease_seconds", 1, "--epochs_per_iteration", 1]
+    pod.must("spin", *command, "--output", uri("spin"))
+    said = ""
+    for attempt, part in enumerate(("generated.jsonl", "checkpoints/checkpoint-", "iteration-0/result.json")):
+        variables = pod.store.environment() | {"SAPO_CACHE": str(tmp_path / f"{attempt}"), "OMP_NUM_THREADS": "1"}
+        log = tmp_path / f"{attempt}.log"
+        process = runner.start("spin", [*command, "--output", uri("cut")], variables | {"HF_HUB_OFFLINE": "1"}, log)
+        while not any(part in name for name in pod.in_checkpoints("cut")):
+            assert process.is_alive(), log.read_text()
+            time.sleep(0.02)
+        process.kill()
+        process.join()
+        said += log.read_text()
+    said += Pod(tmp_path, pod.store).must("spin", *command, "--output", uri("cut"))
+    assert said.count("fetched the checkpoint of step") == 3
+    assert "complete already: iterations 0" in said
+    objects = pod.objects()
+    assert objects["pipe/cut/model.safetensors"] == objects["pipe/spin/model.safetensors"]
+    assert not [key for key in objects if key.startswith(("pipe/cut/checkpoints/", "pipe/cut/spin/"))]
 
 
 # ---- The same for outputs on a disk ----------------------------------------------------------------------------------
