@@ -11,8 +11,8 @@ import pytest
 
 from components.common import mirror
 from components.common.errors import UserError
-from components.common.mirror import Mirror
-from components.common.storage import client, transfer
+from components.common.mirror import FolderMirror, Mirror
+from components.common.storage import client, manifest, transfer
 from components.common.storage.client import Location, connect
 from tests.faults.proxy import FaultProxy
 from tests.faults.store import BUCKET
@@ -194,3 +194,50 @@ def test_a_large_file_that_stays_as_it_is_is_sent_once_and_outlives_its_checkpoi
     assert (tmp_path / "other" / "checkpoint-3" / "start.safetensors").read_bytes() == model
     transfer.delete(place, ["checkpoint-1/start.safetensors"])  # as good as damaged: nothing to go on from
     assert mirror.restore(place, tmp_path / "third", tmp_path / "log", MARKER) is None
+
+
+@pytest.fixture
+def folder(store, disk: Path, place: Location, monkeypatch) -> Iterator[Callable[[Path], FolderMirror]]:
+    """Mirrors an output as a whole."""
+    monkeypatch.setattr(mirror, "SECONDS_BETWEEN_COPIES", 0.05)
+    started = []
+
+    def begin(output: Path) -> FolderMirror:
+        places = output, disk / "snapshots", place, disk / "scratch"
+        started.append(FolderMirror(*places, MARKER, keep=2, bandwidth=None, check=lambda: None))
+        return started[-1]
+
+    yield begin
+    for running in started:
+        running.cancel()
+
+
+def test_a_folder_is_sent_as_it_grows_and_found_again(folder, disk, place, tmp_path):
+    output = disk / "output"
+    output.mkdir()
+    (output / "answers.jsonl").write_text("1\n")
+    running = folder(output)
+    time.sleep(0.5)
+    assert mirror.mirrored(place) == []  # not before the stage has written its marker
+    (output / MARKER).write_text('{"settings": 1}')
+    wait_for(lambda: mirror.mirrored(place) == [0])
+    (output / "answers.jsonl").write_text("1\n2\n")
+    assert running.finish(20)
+    assert mirror.mirrored(place) == [0, 1]
+    assert mirror.restore_folder(place, output, MARKER) is None  # this disk has gone further
+    assert mirror.restore_folder(place, tmp_path / "other", MARKER) == 1
+    assert {p.name: p.read_text() for p in (tmp_path / "other").iterdir()} == {
+        p.name: p.read_text() for p in output.iterdir()
+    }
+    assert manifest.read(tmp_path / "other") is None  # it is no complete output
+
+
+def test_a_folder_that_stays_as_it_is_is_sent_once(folder, disk, place):
+    output = disk / "output"
+    output.mkdir()
+    (output / MARKER).write_text('{"settings": 1}')
+    running = folder(output)
+    wait_for(lambda: mirror.mirrored(place) == [0])
+    time.sleep(0.5)
+    assert running.finish(20)
+    assert mirror.mirrored(place) == [0]
