@@ -87,6 +87,7 @@ def test_yaml_numbers_without_a_point_are_numbers(recipe):
         (["--rate="], r"^--rate: needs a value"),
         (["--kind"], r"^--kind: needs a value \(dpo\|orpo\): Loss"),
         (["--config"], r"^--config: needs a value; `python -m components.toy --help`"),
+        (["--rat=a-secret"], r"unknown argument '--rat'; did you mean 'rate'\?"),
         (["--rate", "fast"], r"command line: rate = 'fast' is not valid: .*valid number"),
         (["--rate", "2"], r"rate = 2.0: must be within \[0, 1\]"),
         (["--kind", "ppo"], r"kind = 'ppo' is not valid: .*'dpo' or 'orpo'"),

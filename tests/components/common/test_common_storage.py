@@ -184,6 +184,7 @@ def test_a_wrong_uri(uri):
         ({"AWS_SECRET_ACCESS_KEY": "not-the-secret-it-should-be"}, "the secret key does not match the access key"),
         ({"AWS_ACCESS_KEY_ID": ""}, "no credentials for the store"),
         ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "the store does not answer at http://127.0.0.1:9"),
+        ({"AWS_ENDPOINT_URL": "http://me:my-password@127.0.0.1:9"}, "does not answer at http://127.0.0.1:9; check"),
         ({"AWS_ENDPOINT_URL": "127.0.0.1:9"}, "Invalid endpoint"),
         (
             {"AWS_ACCESS_KEY_ID": READER_KEY, "AWS_SECRET_ACCESS_KEY": READER_SECRET},
