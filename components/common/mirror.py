@@ -261,14 +261,17 @@ class FolderMirror(Mirror):
         return super()._upload_newest()
 
     def _copy(self) -> None:
-        """Copies the output as the next checkpoint, if it is another than the last."""
+        """Copies the output as the next checkpoint, if it is another than the last and that one has been sent."""
+        target = self.checkpoints / f"{PREFIX}{self.uploaded + 1}"
+        if target.exists():
+            return
         state = {name: (p.stat().st_size, p.stat().st_mtime_ns) for name, p in manifest.files_in(self.output).items()}
         if state == self._sent or self.marker not in state:
             return
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         unfinished = self.checkpoints / "unfinished"
         shutil.copytree(self.output, unfinished)
-        unfinished.rename(self.checkpoints / f"{PREFIX}{self.uploaded + 1}")
+        unfinished.rename(target)
         self._sent, self._next = state, time.monotonic() + SECONDS_BETWEEN_COPIES
 
     def cancel(self) -> None:

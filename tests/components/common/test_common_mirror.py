@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -241,3 +242,26 @@ def test_a_folder_that_stays_as_it_is_is_sent_once(folder, disk, place):
     time.sleep(0.5)
     assert running.finish(20)
     assert mirror.mirrored(place) == [0]
+
+
+def test_what_changes_while_a_folder_cannot_be_sent_is_sent_in_the_end(folder, disk, place, tmp_path, monkeypatch):
+    output = disk / "output"
+    output.mkdir()
+    (output / "answers.jsonl").write_text("1\n")
+    (output / MARKER).write_text('{"settings": 1}')
+    away = threading.Event()
+
+    def upload(*arguments, **options):
+        if not away.is_set():
+            (output / "answers.jsonl").write_text("1\n2\n")
+            away.set()
+            raise UserError("the store does not answer")
+        return real(*arguments, **options)
+
+    real = transfer.upload
+    monkeypatch.setattr(transfer, "upload", upload)
+    running = folder(output)
+    assert away.wait(20)
+    assert running.finish(20)
+    assert mirror.restore_folder(place, tmp_path / "other", MARKER) is not None
+    assert (tmp_path / "other" / "answers.jsonl").read_text() == "1\n2\n"
