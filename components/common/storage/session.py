@@ -246,13 +246,15 @@ class Session:
             return
         from components.common import mirror
         from components.common.storage.client import Location, split
-        from components.common.storage.transfer import RUN, delete, objects
+        from components.common.storage.transfer import RUN, abort_uploads, delete, objects
 
         self._exit_on_sigterm()
         place = split(self.sent["output"][0])
         self.lease = Lease(place, self.run, self._setting("lease_seconds"))
         overwrite = bool(self.values.get("overwrite"))
         self.lease.acquire(overwrite)
+        with contextlib.suppress(UserError):  # a key that may not list them can do all the rest
+            abort_uploads(place)
         if overwrite:
             delete(place, [name for name in objects(place) if name != RUN])
         elif made := manifest.read(output):
@@ -317,7 +319,7 @@ class Session:
         self.lease.end()
         logger.info("sent %d files to %s", len(content["files"]), uri)
         for _, sent in self.sent.values():
-            shutil.rmtree(sent, ignore_errors=True)
+            shutil.rmtree(sent) if sent.is_dir() else sent.unlink(missing_ok=True)
 
     def _published(self) -> dict[str, Any]:
         """What the stage told KFP, so that a run that is done already can tell it again."""

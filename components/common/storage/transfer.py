@@ -75,6 +75,14 @@ def delete_all(place: Location) -> None:
     delete(place, objects(place))
 
 
+def abort_uploads(place: Location) -> None:
+    """Gives up multipart uploads below a prefix: a store keeps, and charges for, the parts that a killed process has sent."""
+    with explained(place):
+        pages = connect().get_paginator("list_multipart_uploads").paginate(Bucket=place.bucket, Prefix=place.prefix)
+        for upload in [entry for page in pages for entry in page.get("Uploads", [])]:
+            connect().abort_multipart_upload(Bucket=place.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+
+
 class CancelledError(Exception):
     """A transfer was given up because it was told to."""
 

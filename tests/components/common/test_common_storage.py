@@ -226,6 +226,16 @@ def test_checking_leaves_nothing_behind(store, uri):
     assert not listed.get("Uploads")
 
 
+def test_parts_of_a_killed_upload_are_removed_and_others_stay(store, uri):
+    inside, outside = f"{split(uri).key}/model.safetensors", f"{split(uri).key}-of-another-run/model.safetensors"
+    for key in (inside, outside):
+        begun = connect().create_multipart_upload(Bucket=BUCKET, Key=key)
+        connect().upload_part(Bucket=BUCKET, Key=key, UploadId=begun["UploadId"], PartNumber=1, Body=b"a part")
+    transfer.abort_uploads(split(uri))
+    listed = connect().list_multipart_uploads(Bucket=BUCKET, Prefix=split(uri).key)
+    assert [upload["Key"] for upload in listed["Uploads"]] == [outside]
+
+
 def test_a_local_manifest_is_not_believed_when_files_have_changed(tree):
     manifest.write(tree, manifest.make(manifest.describe(tree)))
     assert manifest.read(tree) is not None
