@@ -319,7 +319,7 @@ class Session:
         self.lease.end()
         logger.info("sent %d files to %s", len(content["files"]), uri)
         for _, sent in self.sent.values():
-            shutil.rmtree(sent) if sent.is_dir() else sent.unlink(missing_ok=True)
+            shutil.rmtree(sent, ignore_errors=True) if sent.is_dir() else sent.unlink(missing_ok=True)
 
     def _published(self) -> dict[str, Any]:
         """What the stage told KFP, so that a run that is done already can tell it again."""
