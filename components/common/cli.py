@@ -103,7 +103,8 @@ class ConfigParser:
             raise UserError(self._without_value(str(error.argument_name))) from None
         if rest:
             name = rest[0].partition("=")[0]  # without its value, which may be a secret
-            raise UserError(f"unknown argument {name!r}{self._suggestion(name.lstrip('-') if name.startswith('--') else '')}")
+            suggestion = self._suggestion(name.lstrip("-") if name.startswith("--") else "")
+            raise UserError(f"unknown argument {name!r}{suggestion}")
         given = vars(namespace)
         config_file, settings = given.pop("config"), given.pop("settings")
         values: dict[str, Any] = {}
