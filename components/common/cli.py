@@ -102,8 +102,9 @@ class ConfigParser:
         except argparse.ArgumentError as error:  # the only one: a flag without its value
             raise UserError(self._without_value(str(error.argument_name))) from None
         if rest:
-            name = rest[0].lstrip("-").partition("=")[0] if rest[0].startswith("--") else ""
-            raise UserError(f"unknown argument {rest[0]!r}{self._suggestion(name)}")
+            name = rest[0].partition("=")[0]  # without its value, which may be a secret
+            suggestion = self._suggestion(name.lstrip("-") if name.startswith("--") else "")
+            raise UserError(f"unknown argument {name!r}{suggestion}")
         given = vars(namespace)
         config_file, settings = given.pop("config"), given.pop("settings")
         values: dict[str, Any] = {}

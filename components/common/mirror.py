@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from components.common.errors import UserError
 from components.common.storage import manifest, transfer
@@ -24,6 +25,10 @@ logger = logging.getLogger(__name__)
 PREFIX = "checkpoint-"
 LOG = "training-log"  # what a mirrored checkpoint holds besides the stage's files
 SECONDS_BETWEEN_LOOKS = 0.2
+SHARED_FROM = (
+    2**24
+)  # bytes; smaller files are sent with each checkpoint, so that damage to one object spoils one checkpoint
+SECONDS_BETWEEN_COPIES = 10.0  # of an output as a whole
 LONGEST_PAUSE = 30.0  # seconds between attempts while the store is away
 
 
@@ -51,6 +56,11 @@ def mirrored(place: Location) -> list[int]:
     return sorted(_step(parts[0]) for parts in names if len(parts) == 2 and parts[1] == manifest.NAME)
 
 
+def _lies_at(step: int, name: str, file: dict[str, Any]) -> str:
+    """Where a file of a mirrored checkpoint is, relative to the checkpoints."""
+    return str(file.get("at", f"{PREFIX}{step}/{name}"))
+
+
 def restore(place: Location, checkpoints: Path, log: Path, marker: str) -> int | None:
     """Fetches the newest complete checkpoint that is not damaged, unless the disk has one as new.
 
@@ -64,25 +74,42 @@ def restore(place: Location, checkpoints: Path, log: Path, marker: str) -> int |
         Its step; None where nothing was fetched.
     """
     here = newest(checkpoints, marker)
+    step = _fetch_newest(place, lambda step: checkpoints / f"{PREFIX}{step}", -1 if here is None else _step(here.name))
+    if step is not None and (saved_log := checkpoints / f"{PREFIX}{step}" / LOG).is_dir() and not log.exists():
+        log.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(saved_log, log)
+    return step
+
+
+def _fetch_newest(place: Location, target: Callable[[int], Path], than: int) -> int | None:
+    """Fetches the newest complete checkpoint of a step above `than` that is not damaged; returns its step."""
     for step in reversed(mirrored(place)):
-        if here is not None and _step(here.name) >= step:
+        if step <= than:
             return None
-        target = checkpoints / f"{PREFIX}{step}"
-        shutil.rmtree(target, ignore_errors=True)  # an interrupted save
+        shutil.rmtree(target(step), ignore_errors=True)  # an interrupted save
         try:
-            transfer.download(f"{place}/{PREFIX}{step}", target)
+            transfer.download(f"{place}/{PREFIX}{step}", target(step))
         except UserError as error:
             if "is damaged" not in str(error):
                 raise
             logger.warning("%s; an older checkpoint is tried", error)
             continue
-        saved_log = target / LOG
-        if saved_log.is_dir() and not log.exists():
-            log.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(saved_log, log)
         logger.info("fetched the checkpoint of step %d from %s", step, place)
         return step
     return None
+
+
+def restore_folder(place: Location, output: Path, marker: str) -> int | None:
+    """Makes the newest folder that `FolderMirror` has sent the output, where the disk has none of this run."""
+    if (output / marker).is_file():
+        return None
+    fetched = output.with_name(f".{output.name}.fetched")
+    step = _fetch_newest(place, lambda _: fetched, -1)
+    if step is not None:
+        (fetched / manifest.NAME).unlink()  # what it marks as complete is the checkpoint, not the output
+        shutil.rmtree(output, ignore_errors=True)
+        fetched.rename(output)
+    return step
 
 
 class Mirror:
@@ -144,13 +171,30 @@ class Mirror:
         held = self._hold(path)
         started = time.monotonic()
         uri = f"{self.place}/{path.name}"
+        content = manifest.make(self._shared(manifest.describe(held)))
         options = {"bandwidth": self.bandwidth, "cancelled": self._cancelled, "before_manifest": self.check}
-        transfer.upload(held, uri, show=False, **options)  # type: ignore[arg-type]
+        transfer.upload(held, uri, content=content, show=False, **options)  # type: ignore[arg-type]
         self.uploaded = _step(path.name)
         logger.info("mirrored %s to %s in %.1f s", path.name, self.place, time.monotonic() - started)
         shutil.rmtree(self.scratch, ignore_errors=True)
         self._remove_old()
         return True
+
+    def _shared(self, files: manifest.Files) -> manifest.Files:
+        """The files; large ones that the newest checkpoint in the bucket has too say where they lie, and are not sent again."""
+        before = transfer.read_manifest(self._at(self.uploaded)) if self.uploaded >= 0 else None
+        there = transfer.objects(self.place)
+        known = {
+            f["sha256"]: _lies_at(self.uploaded, name, f) for name, f in (before or {"files": {}})["files"].items()
+        }
+        for file in files.values():
+            at = known.get(file["sha256"])
+            if file["size"] >= SHARED_FROM and at in there and there[at]["Size"] == file["size"]:
+                file["at"] = at
+        return files
+
+    def _at(self, step: int) -> Location:
+        return Location(self.place.bucket, f"{self.place.prefix}{PREFIX}{step}")
 
     def _hold(self, path: Path) -> Path:
         """The checkpoint under another name by hard links, with a copy of the log."""
@@ -166,10 +210,12 @@ class Mirror:
         return held
 
     def _remove_old(self) -> None:
-        """Keeps the newest complete checkpoints; removes older ones with what interrupted uploads left."""
+        """Keeps the newest complete checkpoints; removes older ones, but for files that are shared, and interrupted uploads."""
         kept = mirrored(self.place)[-self.keep :]
+        manifests = [transfer.read_manifest(self._at(step)) or {"files": {}} for step in kept]
+        shared = {file["at"] for content in manifests for file in content["files"].values() if "at" in file}
         names = [n for n in transfer.objects(self.place) if 0 <= _step(n.split("/")[0]) < kept[0]]
-        transfer.delete(self.place, names)
+        transfer.delete(self.place, [name for name in names if name not in shared])
 
     def finish(self, seconds: float) -> bool:
         """Waits until the newest checkpoint is in the bucket, or the time is over; whether it is."""
@@ -183,3 +229,51 @@ class Mirror:
         self._stop.set()
         self._thread.join(timeout=60)
         shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+class FolderMirror(Mirror):
+    """Sends what a stage has written so far, when it has changed; for stages that go on from any state of their output.
+
+    Args:
+        output: the stage's output; files in it are appended to, or replaced in one move.
+        snapshots: where copies of it are made; on the same disk, outside of it.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        snapshots: Path,
+        place: Location,
+        scratch: Path,
+        marker: str,
+        keep: int,
+        bandwidth: float | None,
+        check: Callable[[], None],
+    ) -> None:
+        self.output, self._next = output, 0.0
+        self._sent: dict[str, tuple[int, int]] = {}
+        shutil.rmtree(snapshots, ignore_errors=True)  # of a process before; the output has gone further since
+        super().__init__(snapshots, place, scratch, snapshots / "none", marker, keep, bandwidth, check)
+
+    def _upload_newest(self) -> bool:
+        if self._stop.is_set() or time.monotonic() >= self._next:
+            self._copy()
+        return super()._upload_newest()
+
+    def _copy(self) -> None:
+        """Copies the output as the next checkpoint, if it is another than the last and that one has been sent."""
+        target = self.checkpoints / f"{PREFIX}{self.uploaded + 1}"
+        if target.exists():
+            return
+        state = {name: (p.stat().st_size, p.stat().st_mtime_ns) for name, p in manifest.files_in(self.output).items()}
+        if state == self._sent or self.marker not in state:
+            return
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        unfinished = self.checkpoints / "unfinished"
+        shutil.copytree(self.output, unfinished)
+        unfinished.rename(target)
+        self._sent, self._next = state, time.monotonic() + SECONDS_BETWEEN_COPIES
+
+    def cancel(self) -> None:
+        super().cancel()
+        shutil.rmtree(self.checkpoints, ignore_errors=True)

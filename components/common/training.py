@@ -17,8 +17,17 @@ from components.common.errors import UserError
 from components.common.launch import is_launched, join_on_cpu
 from components.common.progress import progress
 
-# Set by the stage from --output and --training_log; a recipe must not.
-HIDDEN = ("output_dir", "do_train", "do_eval", "do_predict", "local_rank", "resume_from_checkpoint", "disable_tqdm")
+# Set by the stage from --output and --training_log, or, as secrets, by the environment (HF_TOKEN); a recipe must not.
+HIDDEN = (
+    "output_dir",
+    "do_train",
+    "do_eval",
+    "do_predict",
+    "local_rank",
+    "resume_from_checkpoint",
+    "disable_tqdm",
+    "hub_token",
+)
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -33,6 +33,7 @@ def main(argv: Sequence[str]) -> None:
         print(parser.help(__doc__ or ""))
         return
     (config,) = parser.parse(argv)
+    config.resume = config.resume or results.is_unfinished(config)
     started = time.monotonic()
     _check_output(config)
     if config.benchmarks == ("held_out",):  # needs no hub; the libraries read these when they are imported
@@ -55,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
     outcomes = run_benchmarks(config, Context(name, output, device, dtype))
     settings = config.recorded() | {"device": device, "dtype": dtype}
     content = results.assemble(name, outcomes, settings, digests(config), time.monotonic() - started)
-    results.write_json(output / "results.json", content)  # last: its presence says that the evaluation is whole
+    results.write_json(output / results.RESULTS, content)  # last: its presence says that the evaluation is whole
     print(results.table(content))
     publish(config.executor_input, {"metrics": results.flat_metrics(content), "results": {"name": name}})
 

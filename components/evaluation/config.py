@@ -67,7 +67,8 @@ class EvaluationConfig(JudgedConfig, StageConfig):
         42, "Seed of held_out's wrong replies and of sampled answers; models compare under equal seeds only."
     )
     resume: bool = setting(
-        False, "Go on in an output directory that an interrupted run left: finished benchmarks and answers are kept."
+        False,
+        "Go on in a finished output, such as with more benchmarks; one that an interrupted run left is gone on with by itself.",
     )
 
     def __post_init__(self) -> None:

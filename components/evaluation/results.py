@@ -21,6 +21,7 @@ from components.evaluation.config import EvaluationConfig
 SCHEMA = 2
 OUTCOME = "outcome.json"
 SETTINGS = "settings.json"
+RESULTS = "results.json"
 
 
 def assemble(
@@ -81,6 +82,12 @@ def start(output: Path, config: EvaluationConfig) -> None:
     write_json(output / SETTINGS, config.identity())
 
 
+def is_unfinished(config: EvaluationConfig) -> bool:
+    """Whether the output directory is what an interrupted run left."""
+    output = Path(config.output)
+    return not config.overwrite and (output / SETTINGS).is_file() and not (output / RESULTS).is_file()
+
+
 def check_resumable(config: EvaluationConfig) -> None:
     """Raises UserError when the output directory was started with other settings; names them."""
     path = Path(config.output) / SETTINGS
@@ -90,7 +97,7 @@ def check_resumable(config: EvaluationConfig) -> None:
     differing = [f"{key} = {then.get(key)!r}, now {value!r}" for key, value in now.items() if then.get(key) != value]
     if differing:
         raise UserError(
-            f"--resume: {config.output} was started with {'; '.join(differing)}; give the same settings, or --overwrite"
+            f"--output {config.output}: was started with {'; '.join(differing)}; give the same settings, or --overwrite"
         )
 
 

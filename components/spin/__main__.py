@@ -10,7 +10,9 @@ A run that was interrupted (SIGTERM saves first and exits with 143) goes on when
 """
 
 import dataclasses
+import functools
 import logging
+import shutil
 import signal
 import sys
 import time
@@ -23,7 +25,7 @@ from components.common.cli import ConfigParser, check_output, prepare_output, ru
 from components.common.conversations import read_rows
 from components.common.errors import TERMINATED, UserError
 from components.common.kfp_outputs import publish
-from components.common.storage.session import when_complete
+from components.common.storage.session import is_mirrored, when_complete
 
 logger = logging.getLogger(__name__)
 
@@ -69,15 +71,22 @@ def _check_settings(settings: Any) -> None:
 def _files(stage: Any, settings: Any, train: Any, held_out: Any) -> Any:
     """The places of the run, after a check that they are free or of this very run; writes unless it is a dry run."""
     from components.common.training import library_versions
+    from components.spin import snapshots
     from components.spin.files import RunFiles, check_identity, identity, write_json
 
     files = RunFiles(Path(stage.output))
     mine = identity(dataclasses.asdict(settings), train, held_out, Path(stage.model))
+    if not (stage.overwrite or stage.dry_run):
+        snapshots.adopt(files)
     if files.run.exists() and not stage.overwrite:
         check_identity(files, mine)
         return files
     # A run that was killed before its first file leaves these; anything else is not ours to touch.
-    leftovers = files.output.is_dir() and {path.name for path in files.output.iterdir()} <= {"spin", "training"}
+    leftovers = files.output.is_dir() and {path.name for path in files.output.iterdir()} <= {
+        "spin",
+        "training",
+        "checkpoints",
+    }
     check_output(stage.output, stage.overwrite or leftovers)
     if not stage.dry_run:
         prepare_output(stage.output, overwrite=True)
@@ -100,12 +109,14 @@ def _show_plan(stage: Any, settings: Any, rows: int, dropped: int, files: Any) -
 
 def _run(stage: Any, settings: Any, tokenizer: Any, train: Any, held_out: Any, files: Any, started: float) -> None:
     from components.common.training import stage_arguments
+    from components.spin import snapshots
     from components.spin.clock import Clock
     from components.spin.iterations import SPINRun, StoppedError
 
     stage_arguments(stage.log_directory())
     clock = Clock(files.clock, started)
-    run = SPINRun(stage.model, tokenizer, train, held_out, settings, files, stage.log_directory(), clock)
+    save = functools.partial(snapshots.save, files, stage.keep_iterations) if is_mirrored() else lambda: None
+    run = SPINRun(stage.model, tokenizer, train, held_out, settings, files, stage.log_directory(), clock, save)
 
     def stop(*_: object) -> None:
         logger.info("SIGTERM: finishing the step or batch, then saving")
@@ -129,6 +140,7 @@ def _write(stage: Any, settings: Any, run: Any) -> None:
     summary = write_results(run, name, dataclasses.asdict(stage) | dataclasses.asdict(settings))
     if not stage.keep_iterations:
         when_complete(run.files.remove, run.files.root)
+    when_complete(lambda: shutil.rmtree(run.files.snapshots, ignore_errors=True), run.files.snapshots)
     logger.info(
         "generated for %.0f s, trained for %.0f s, first step after %.0f s; wrote %s",
         *(summary["seconds/generate"], summary["seconds/train"], summary["seconds/first_step"], stage.output),

@@ -3,12 +3,14 @@
 OUTPUT/spin/
   run.json                    settings, digests of rows and start model, versions
   clock.json                  seconds so far
+  saved.json                  snapshots made so far, where the output is in a bucket
   iteration-0/
     generated.jsonl           a response for each training row, as token ids
     held_out.jsonl            the same for held-out rows
     checkpoints/              of the training under way
     model/                    the trained model
     result.json               written last: with it, the iteration is complete
+OUTPUT/checkpoints/           see snapshots.py
 """
 
 import hashlib
@@ -24,6 +26,7 @@ from components.common.errors import UserError
 from components.common.models import model_digest
 
 CHECKPOINT_MARKER = "complete.json"
+SAVED = "saved.json"
 
 # Settings that may differ when a run goes on: they say where things go and how often, not what is computed.
 FREE = frozenset({"report_to", "logging_steps", "save_steps", "save_total_limit", "pairs_per_log", "use_cpu"})
@@ -52,6 +55,8 @@ class RunFiles:
         self.removed = output / "spin.removed"
         self.run = self.root / "run.json"
         self.clock = self.root / "clock.json"
+        self.saved = self.root / SAVED
+        self.snapshots = output / "checkpoints"
 
     def iteration(self, index: int) -> Path:
         return self.root / f"iteration-{index}"

@@ -4,7 +4,7 @@ import gc
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class SPINRun:
         model: directory of the start model.
         train, held_out: tokenised rows; held-out ones may be none.
         log_directory: where curves and sampled pairs go.
+        save: is called when a batch of responses, a checkpoint or an iteration is safely on the disk.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class SPINRun:
         files: RunFiles,
         log_directory: Path,
         clock: Clock,
+        save: Callable[[], None] = lambda: None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -64,6 +66,7 @@ class SPINRun:
         self.files = files
         self.log_directory = log_directory
         self.clock = clock
+        self.save = save
         self.stop_requested = False  # set it (from a signal handler) to save and raise StoppedError soon
         self.first_steps = first_steps(len(train), settings)
 
@@ -78,6 +81,7 @@ class SPINRun:
                 self.files.iteration(iteration.index).mkdir(parents=True, exist_ok=True)
                 self.generate(iteration)
                 self.train(iteration)
+                self.save()
                 _free_memory()
                 self.stop_if_requested()
 
@@ -107,6 +111,7 @@ class SPINRun:
     def after_batch(self) -> None:
         """A batch of responses is on disk."""
         self.clock.save()
+        self.save()
         self.stop_if_requested()
 
     def pairs(self, index: int) -> list[EncodedPair]:
@@ -199,3 +204,4 @@ class _Interruptible(TrainerCallback):
         directory = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         mark_checkpoint(directory, self.trainer.tokens_trained)
         self.run.clock.save()
+        self.run.save()

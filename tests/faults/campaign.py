@@ -141,7 +141,8 @@ class Campaign:
                 continue
             folder = key.removesuffix("/.manifest.json")
             for file, told in json.loads(self.get(key))["files"].items():
-                if hashlib.sha256(self.get(f"{folder}/{file}")).hexdigest() != told["sha256"]:
+                place = f"{folder.rpartition('/')[0]}/{told['at']}" if "at" in told else f"{folder}/{file}"
+                if hashlib.sha256(self.get(place)).hexdigest() != told["sha256"]:
                     found.append(f"{folder}/{file} is not what its manifest says")
         return found
 
@@ -179,7 +180,7 @@ class Campaign:
         self.store.stop(self.random.choice([9, 15]))
         time.sleep(self.random.uniform(0.2, 1.5))
         self.store.start()
-        process.join(120)
+        runner.wait(process, run.log)
         return run.finish(case, ended=process)
 
     def spoiled(self, kind: str) -> Case:
@@ -209,7 +210,7 @@ class Campaign:
         self.proxy.spoil(1.0, self.random.choice(["throttled", "failed", "reset"]))
         try:
             process = run.start()
-            process.join(120)
+            runner.wait(process, run.log)
         finally:
             self.proxy.spoil(0.0)
         if process.exitcode != 2 or "error:" not in run.said():
@@ -222,7 +223,7 @@ class Campaign:
         case, run = Case("full disk"), self._new()
         with small_disk(run.disk, self.random.randrange(300, 1200)):
             process = run.start()
-            process.join(120)
+            runner.wait(process, run.log)
             if process.exitcode == 0:
                 case.problems.append("the disk was large enough")
             elif "free some space" not in run.said():
@@ -273,7 +274,7 @@ class Campaign:
         other = Run(self, run.name, self.directory / f"{run.name}-other")
         processes = [run.start(), other.start()]
         for process in processes:
-            process.join(120)
+            runner.wait(process, run.log)
         codes = sorted(process.exitcode or 0 for process in processes)
         said = run.said() + other.said()
         if codes != [0, 0] and not (codes == [0, 2] and "is writing there now" in said):

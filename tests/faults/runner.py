@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+SECONDS = 300.0  # a run takes a few, on a busy machine ten times as many
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     ["tests.faults.runner", "boto3", "components.sapo.__main__", "components.sapo.trainer", "components.sapo.plan"]
@@ -21,14 +23,22 @@ def start(stage: str, argv: Sequence[object], environment: Mapping[str, str], lo
     return process
 
 
-def run(stage: str, argv: Sequence[object], environment: Mapping[str, str], log: Path, seconds: float = 120) -> int:
+def run(stage: str, argv: Sequence[object], environment: Mapping[str, str], log: Path, seconds: float = SECONDS) -> int:
     """Runs it to its end; the exit code."""
-    process = start(stage, argv, environment, log)
+    return wait(start(stage, argv, environment, log), log, seconds)
+
+
+def wait(process: BaseProcess, log: Path, seconds: float = SECONDS) -> int:
+    """The exit code of a process; one that does not end is killed.
+
+    Raises:
+        TimeoutError: it took too long.
+    """
     process.join(seconds)
     if process.exitcode is None:
         process.kill()
         process.join()
-        raise TimeoutError(f"{stage} took more than {seconds} s; see {log}")
+        raise TimeoutError(f"a stage took more than {seconds} s; see {log}")
     return process.exitcode
 
 

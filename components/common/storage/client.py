@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from components.common.errors import UserError
 
@@ -151,7 +152,8 @@ def _failure(error: Any) -> str:
     if isinstance(error, botocore.NoCredentialsError | botocore.PartialCredentialsError):
         return f"no credentials for the store; {_CREDENTIALS}"
     if isinstance(error, botocore.ConnectionError | botocore.HTTPClientError):
-        endpoint = getattr(error, "kwargs", {}).get("endpoint_url", "")
+        asked = urlsplit(getattr(error, "kwargs", {}).get("endpoint_url", ""))
+        endpoint = f"{asked.scheme}://{asked.netloc.rpartition('@')[2]}" if asked.netloc else ""  # no password in a log
         return (
             f"the store does not answer{f' at {endpoint}' if endpoint else ''}; check AWS_ENDPOINT_URL and the network"
         )
@@ -176,3 +178,6 @@ def check_write(place: Location) -> None:
         store = connect(attempts=3)
         begun = store.create_multipart_upload(Bucket=place.bucket, Key=key)
         store.abort_multipart_upload(Bucket=place.bucket, Key=key, UploadId=begun["UploadId"])
+        store.delete_object(
+            Bucket=place.bucket, Key=key
+        )  # it is not there; but the right to delete is needed in the end

@@ -38,12 +38,16 @@ FREE = (
     *(*DIRECTORIES, *FILES, "overwrite", "dry_run", "executor_input", "resume", "keep_", "start"),
     *("num_processes", "parallelism"),
     *("mirror_", "grace_seconds", "lease_seconds", "save_", "logging_", "log_", "report_to", "disable_", "dataloader_"),
+    *("judge_base_url", "judge_key_variable", "judge_concurrency", "judge_retries", "judge_timeout", "judge_prices"),
+    *("batch_size", "gpu_memory_utilization"),  # of the evaluation
 )
 # The file that a stage writes last into a checkpoint.
-MARKERS = {"sapo": "manifest.json"}
+MARKERS = {"sapo": "manifest.json", "spin": "saved.json", "evaluation": "settings.json"}
 MARKER = "trainer_state.json"
 # Stages that go on from what an earlier attempt left on the disk without a checkpoint; for the others it is in the way.
-GO_ON = ("spin",)
+GO_ON = ("spin", "evaluation")
+# Those of them whose output can be sent as it is at any moment.
+FOLDERS = ("evaluation",)
 RELEASE_SECONDS = 5.0
 
 _current: "Session | None" = None
@@ -52,6 +56,11 @@ _current: "Session | None" = None
 def current() -> "Session | None":
     """The session of the stage that runs; None where `main` is called as a function."""
     return _current
+
+
+def is_mirrored() -> bool:
+    """Whether finished checkpoints in OUTPUT/checkpoints are sent to a bucket while the stage runs."""
+    return _current is not None and _current.mirror is not None
 
 
 def when_complete(remove: Callable[[], object], path: Path) -> None:
@@ -237,13 +246,15 @@ class Session:
             return
         from components.common import mirror
         from components.common.storage.client import Location, split
-        from components.common.storage.transfer import RUN, delete, objects
+        from components.common.storage.transfer import RUN, abort_uploads, delete, objects
 
         self._exit_on_sigterm()
         place = split(self.sent["output"][0])
         self.lease = Lease(place, self.run, self._setting("lease_seconds"))
         overwrite = bool(self.values.get("overwrite"))
         self.lease.acquire(overwrite)
+        with contextlib.suppress(UserError):  # a key that may not list them can do all the rest
+            abort_uploads(place)
         if overwrite:
             delete(place, [name for name in objects(place) if name != RUN])
         elif made := manifest.read(output):
@@ -253,14 +264,18 @@ class Session:
         goes_on = self.stage in GO_ON or self.values.get("resume") or mirror.newest(checkpoints, marker)
         if overwrite or not goes_on:
             shutil.rmtree(output, ignore_errors=True)  # what a stage left that cannot go on from it
-        if log is None:
-            return
         kept, scratch = Location(place.bucket, f"{place.prefix}checkpoints"), output.with_name(f".{output.name}.mirror")
-        if not overwrite:
-            mirror.restore(kept, checkpoints, log, marker)
         keep, bandwidth = self._setting("mirror_keep"), self._setting("mirror_bandwidth")
-        rate = bandwidth and bandwidth * 1e6
-        self.mirror = mirror.Mirror(checkpoints, kept, scratch, log, marker, keep, rate, self.lease.check)
+        options = (marker, keep, bandwidth and bandwidth * 1e6, self.lease.check)
+        if self.stage in FOLDERS:
+            if not overwrite:
+                mirror.restore_folder(kept, output, marker)
+            snapshots = output.with_name(f".{output.name}.snapshots")
+            self.mirror = mirror.FolderMirror(output, snapshots, kept, scratch, *options)
+        elif log is not None:
+            if not overwrite:
+                mirror.restore(kept, checkpoints, log, marker)
+            self.mirror = mirror.Mirror(checkpoints, kept, scratch, log, *options)
 
     def _exit_on_sigterm(self) -> None:
         """Outside of training, where stages stop in their own way, SIGTERM leaves through `stop` too."""
@@ -304,7 +319,7 @@ class Session:
         self.lease.end()
         logger.info("sent %d files to %s", len(content["files"]), uri)
         for _, sent in self.sent.values():
-            shutil.rmtree(sent, ignore_errors=True)
+            shutil.rmtree(sent, ignore_errors=True) if sent.is_dir() else sent.unlink(missing_ok=True)
 
     def _published(self) -> dict[str, Any]:
         """What the stage told KFP, so that a run that is done already can tell it again."""
@@ -318,15 +333,15 @@ class Session:
         return {name: entry["artifacts"][0].get("metadata", {}) for name, entry in listed.items()}
 
     def stop(self, code: Any) -> None:
-        """The stage did not get through; on SIGTERM its last checkpoint is sent first, within the grace period."""
+        """The stage did not get through; its last checkpoint is sent first, within the grace period."""
         in_time = True
-        if self.mirror and code == TERMINATED and not (self.lease and self.lease.lost.is_set()):
+        if self.mirror and not (self.lease and self.lease.lost.is_set()):
             in_time = self.mirror.finish(self._setting("grace_seconds"))
             if not in_time:
                 logger.warning(
                     "the grace period is over: the last checkpoint is not in the bucket, an older one may be"
                 )
-        elif self.mirror:
+        if self.mirror and (in_time or code != TERMINATED):
             self.mirror.cancel()
         if self.lease and self.lease.etag:
             releasing = threading.Thread(target=self.lease.release, daemon=True)

@@ -5,6 +5,7 @@ beside, which takes its name when every file in it is right; what an interrupted
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import shutil
@@ -12,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from components.common.errors import UserError
 from components.common.progress import progress
@@ -74,6 +75,14 @@ def delete_all(place: Location) -> None:
     delete(place, objects(place))
 
 
+def abort_uploads(place: Location) -> None:
+    """Gives up multipart uploads below a prefix: a store keeps, and charges for, the parts that a killed process has sent."""
+    with explained(place):
+        pages = connect().get_paginator("list_multipart_uploads").paginate(Bucket=place.bucket, Prefix=place.prefix)
+        for upload in [entry for page in pages for entry in page.get("Uploads", [])]:
+            connect().abort_multipart_upload(Bucket=place.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+
+
 class CancelledError(Exception):
     """A transfer was given up because it was told to."""
 
@@ -91,7 +100,8 @@ def upload(
     """Sends a directory's files, and its manifest when all of them are there.
 
     Args:
-        content: the manifest; made of all files where it is not given.
+        content: the manifest; made of all files where it is not given. A file with `at` is not sent: it lies there, relative to
+            the parent of `uri`.
         bandwidth: bytes a second, at most.
         cancelled: gives the upload up when it is set.
         before_manifest: is called when only the manifest is missing; what it raises leaves the upload incomplete.
@@ -110,7 +120,7 @@ def upload(
     there = objects(place)
     if manifest.NAME in there:
         delete(place, [manifest.NAME])  # before the first file under it changes
-    missing = _not_there(place, files, there)
+    missing = _not_there(place, {name: file for name, file in files.items() if "at" not in file}, there)
     with explained(place), _transfers(bandwidth) as manager, _bar(files, missing, f"to {place}", show) as bar:
         futures = [
             manager.upload(
@@ -152,7 +162,7 @@ def _not_there(place: Location, files: Files, there: dict[str, dict[str, Any]]) 
 def _check_sizes(place: Location, files: Files) -> None:
     there = objects(place)
     for name, file in files.items():
-        if name not in there or there[name]["Size"] != file["size"]:
+        if "at" not in file and (name not in there or there[name]["Size"] != file["size"]):
             raise UserError(
                 f"{place}/{name}: did not arrive whole; another process may write there. Run the command again"
             )
@@ -312,20 +322,68 @@ def _get(place: Location, files: Files, partial: Path) -> None:
 
 def _try_once(place: Location, files: Files, names: list[str], partial: Path) -> list[str]:
     """Downloads some files, and returns those that are not right; each is compared while others are on their way."""
-    for name in names:
-        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+    from botocore.exceptions import ClientError
+
+    targets = {name: _target(partial / name, files[name]) for name in names}
     with explained(place), _transfers() as manager, _bar(files, names, f"from {place}", True) as bar:
         futures = {
-            name: manager.download(place.bucket, place.prefix + name, str(partial / name), subscribers=[bar])
-            for name in names
+            name: manager.download(place.bucket, _key(place, name, files[name]), target, subscribers=[bar])
+            for name, target in targets.items()
         }
 
         def is_right(name: str) -> bool:
-            futures[name].result()
-            return _right(partial / name, files[name])
+            try:
+                futures[name].result()
+            except ClientError as error:
+                if code_of(error) not in ("404", "NoSuchKey"):
+                    raise
+                return False
+            target = targets[name]
+            return target.is_right() if isinstance(target, _Arriving) else _right(partial / name, files[name])
 
         with ThreadPoolExecutor(4) as pool:
             return [name for name, right in zip(names, pool.map(is_right, names), strict=True) if not right]
+
+
+def _key(place: Location, name: str, file: dict[str, Any]) -> str:
+    """The key of a file of a prefix, which may share it with another prefix beside it."""
+    if "at" not in file:
+        return place.prefix + name
+    return f"{place.key.rpartition('/')[0]}/{file['at']}".lstrip("/")
+
+
+class _Arriving:
+    """A file that is hashed while it is written: to read it again costs a third of what the download takes.
+
+    s3transfer gives an object without `seek` the bytes in their order, from one thread, if the transfer is in parts; after a
+    broken answer it would repeat bytes in one that is not.
+
+    Args:
+        path: of the file.
+        wanted: its size and sha256.
+    """
+
+    def __init__(self, path: Path, wanted: dict[str, Any]) -> None:
+        self.path, self.wanted = path, wanted
+        self.digest, self.size = hashlib.sha256(), 0
+        self.file: IO[bytes] | None = None
+
+    def write(self, data: bytes) -> None:
+        self.file = self.file or self.path.open("wb")  # not before: there may be more files than a process may open
+        self.digest.update(data)
+        self.file.write(data)
+        self.size += len(data)
+
+    def is_right(self) -> bool:
+        """Whether what came is what was wanted; closes the file."""
+        if self.file:
+            self.file.close()
+        return (self.size, self.digest.hexdigest()) == (self.wanted["size"], self.wanted["sha256"])
+
+
+def _target(path: Path, file: dict[str, Any]) -> "str | _Arriving":
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return _Arriving(path, file) if "sha256" in file and file["size"] >= PART else str(path)
 
 
 def _right(path: Path, file: dict[str, Any]) -> bool:

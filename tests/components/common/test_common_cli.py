@@ -82,7 +82,7 @@ def test_yaml_numbers_without_a_point_are_numbers(recipe):
     ("argv", "message"),
     [
         (["--rat", "1"], r"unknown argument '--rat'; did you mean 'rate'\?"),
-        (["--rat=1"], r"unknown argument '--rat=1'; did you mean 'rate'\?"),
+        (["--rat=1"], r"^unknown argument '--rat'; did you mean 'rate'\?"),
         (["rate"], r"unknown argument 'rate'; `python -m components.toy --help`"),
         (["--rate"], r"^--rate: needs a value \(float\): Share of rows, within \[0, 1\]\.$"),
         (["--rate", "--fast"], r"^--rate: needs a value"),

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,8 +12,8 @@ import pytest
 
 from components.common import mirror
 from components.common.errors import UserError
-from components.common.mirror import Mirror
-from components.common.storage import client, transfer
+from components.common.mirror import FolderMirror, Mirror
+from components.common.storage import client, manifest, transfer
 from components.common.storage.client import Location, connect
 from tests.faults.proxy import FaultProxy
 from tests.faults.store import BUCKET
@@ -173,3 +174,94 @@ def test_what_the_bucket_has_is_not_sent_again(start, disk, place):
     before = transfer.objects(place)
     assert start().finish(20)
     assert transfer.objects(place) == before
+
+
+def test_a_large_file_that_stays_as_it_is_is_sent_once_and_outlives_its_checkpoint(
+    start, disk, place, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(mirror, "SHARED_FROM", 5000)
+    mirror_of = start(keep=1)
+    model = os.urandom(5000)
+    for step in (1, 2, 3):
+        directory = save(disk, step)
+        (directory / "start.safetensors").write_bytes(model)
+        os.utime(directory / MARKER)
+        wait_for(lambda step=step: mirror.mirrored(place) == [step])
+    names = set(transfer.objects(place))
+    assert {name for name in names if "start" in name} == {"checkpoint-1/start.safetensors"}
+    assert {name.split("/")[0] for name in names} == {"checkpoint-1", "checkpoint-3"}
+    mirror_of.cancel()
+    assert mirror.restore(place, tmp_path / "other", tmp_path / "log", MARKER) == 3
+    assert (tmp_path / "other" / "checkpoint-3" / "start.safetensors").read_bytes() == model
+    transfer.delete(place, ["checkpoint-1/start.safetensors"])  # as good as damaged: nothing to go on from
+    assert mirror.restore(place, tmp_path / "third", tmp_path / "log", MARKER) is None
+
+
+@pytest.fixture
+def folder(store, disk: Path, place: Location, monkeypatch) -> Iterator[Callable[[Path], FolderMirror]]:
+    """Mirrors an output as a whole."""
+    monkeypatch.setattr(mirror, "SECONDS_BETWEEN_COPIES", 0.05)
+    started = []
+
+    def begin(output: Path) -> FolderMirror:
+        places = output, disk / "snapshots", place, disk / "scratch"
+        started.append(FolderMirror(*places, MARKER, keep=2, bandwidth=None, check=lambda: None))
+        return started[-1]
+
+    yield begin
+    for running in started:
+        running.cancel()
+
+
+def test_a_folder_is_sent_as_it_grows_and_found_again(folder, disk, place, tmp_path):
+    output = disk / "output"
+    output.mkdir()
+    (output / "answers.jsonl").write_text("1\n")
+    running = folder(output)
+    time.sleep(0.5)
+    assert mirror.mirrored(place) == []  # not before the stage has written its marker
+    (output / MARKER).write_text('{"settings": 1}')
+    wait_for(lambda: mirror.mirrored(place) == [0])
+    (output / "answers.jsonl").write_text("1\n2\n")
+    assert running.finish(20)
+    assert mirror.mirrored(place) == [0, 1]
+    assert mirror.restore_folder(place, output, MARKER) is None  # this disk has gone further
+    assert mirror.restore_folder(place, tmp_path / "other", MARKER) == 1
+    assert {p.name: p.read_text() for p in (tmp_path / "other").iterdir()} == {
+        p.name: p.read_text() for p in output.iterdir()
+    }
+    assert manifest.read(tmp_path / "other") is None  # it is no complete output
+
+
+def test_a_folder_that_stays_as_it_is_is_sent_once(folder, disk, place):
+    output = disk / "output"
+    output.mkdir()
+    (output / MARKER).write_text('{"settings": 1}')
+    running = folder(output)
+    wait_for(lambda: mirror.mirrored(place) == [0])
+    time.sleep(0.5)
+    assert running.finish(20)
+    assert mirror.mirrored(place) == [0]
+
+
+def test_what_changes_while_a_folder_cannot_be_sent_is_sent_in_the_end(folder, disk, place, tmp_path, monkeypatch):
+    output = disk / "output"
+    output.mkdir()
+    (output / "answers.jsonl").write_text("1\n")
+    (output / MARKER).write_text('{"settings": 1}')
+    away = threading.Event()
+
+    def upload(*arguments, **options):
+        if not away.is_set():
+            (output / "answers.jsonl").write_text("1\n2\n")
+            away.set()
+            raise UserError("the store does not answer")
+        return real(*arguments, **options)
+
+    real = transfer.upload
+    monkeypatch.setattr(transfer, "upload", upload)
+    running = folder(output)
+    assert away.wait(20)
+    assert running.finish(20)
+    assert mirror.restore_folder(place, tmp_path / "other", MARKER) is not None
+    assert (tmp_path / "other" / "answers.jsonl").read_text() == "1\n2\n"

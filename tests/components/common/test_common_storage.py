@@ -12,6 +12,7 @@ import pytest
 from components.common.errors import UserError
 from components.common.storage import client, manifest, transfer
 from components.common.storage.client import connect, split
+from tests.faults.proxy import FaultProxy
 from tests.faults.store import BUCKET, READER_KEY, READER_SECRET
 
 PART = transfer.PART
@@ -118,6 +119,39 @@ def test_an_interrupted_download_goes_on_and_trusts_nothing(store, tree, uri, tm
     assert contents(tmp_path / "back") == contents(tree)
 
 
+def test_answers_that_break_off_spoil_neither_small_nor_large_files(store, tree, uri, tmp_path, monkeypatch):
+    (tree / "huge.safetensors").write_bytes(os.urandom(2**20) * (3 * PART // 2**20))
+    transfer.upload(tree, uri)
+    proxy = FaultProxy(store.endpoint, seed=5)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    client.connect.cache_clear()
+    try:
+        for name in ("small.json", "big.safetensors", "huge.safetensors"):
+            proxy.spoil(0.5, "truncated", only=name)
+            back = transfer.download(uri, tmp_path / name)
+            assert contents(back) == contents(tree)
+        assert proxy.done["truncated"] >= 3
+    finally:
+        proxy.close()
+
+
+def test_a_large_object_that_was_changed_is_found_out_without_reading_it_again(store, tree, uri, tmp_path, monkeypatch):
+    content = transfer.upload(tree, uri)
+    body = bytearray((tree / "big.safetensors").read_bytes())
+    body[PART + 7] ^= 1
+    connect().put_object(Bucket=BUCKET, Key=f"{split(uri).key}/big.safetensors", Body=bytes(body))
+    with pytest.raises(UserError, match=r"big\.safetensors: is damaged in the store"):
+        transfer.download(uri, tmp_path / "back")
+    transfer.upload(tree, uri, content=content)
+    read = []
+    monkeypatch.setattr(manifest, "sha256", lambda path: read.append(path.name) or _real_sha256(path))
+    transfer.download(uri, tmp_path / "back")
+    assert "small.json" in read and "big.safetensors" not in read
+
+
+_real_sha256 = manifest.sha256
+
+
 def test_a_disk_that_is_too_small_is_told_before_anything_is_fetched(store, tree, uri, tmp_path, monkeypatch):
     transfer.upload(tree, uri)
     monkeypatch.setattr(transfer.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**20}))
@@ -150,6 +184,7 @@ def test_a_wrong_uri(uri):
         ({"AWS_SECRET_ACCESS_KEY": "not-the-secret-it-should-be"}, "the secret key does not match the access key"),
         ({"AWS_ACCESS_KEY_ID": ""}, "no credentials for the store"),
         ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "the store does not answer at http://127.0.0.1:9"),
+        ({"AWS_ENDPOINT_URL": "http://me:my-password@127.0.0.1:9"}, "does not answer at http://127.0.0.1:9; check"),
         ({"AWS_ENDPOINT_URL": "127.0.0.1:9"}, "Invalid endpoint"),
         (
             {"AWS_ACCESS_KEY_ID": READER_KEY, "AWS_SECRET_ACCESS_KEY": READER_SECRET},
@@ -189,6 +224,16 @@ def test_checking_leaves_nothing_behind(store, uri):
     assert transfer.objects(split(uri)) == {}
     listed = connect().list_multipart_uploads(Bucket=BUCKET, Prefix=split(uri).key)
     assert not listed.get("Uploads")
+
+
+def test_parts_of_a_killed_upload_are_removed_and_others_stay(store, uri):
+    inside, outside = f"{split(uri).key}/model.safetensors", f"{split(uri).key}-of-another-run/model.safetensors"
+    for key in (inside, outside):
+        begun = connect().create_multipart_upload(Bucket=BUCKET, Key=key)
+        connect().upload_part(Bucket=BUCKET, Key=key, UploadId=begun["UploadId"], PartNumber=1, Body=b"a part")
+    transfer.abort_uploads(split(uri))
+    listed = connect().list_multipart_uploads(Bucket=BUCKET, Prefix=split(uri).key)
+    assert [upload["Key"] for upload in listed["Uploads"]] == [outside]
 
 
 def test_a_local_manifest_is_not_believed_when_files_have_changed(tree):

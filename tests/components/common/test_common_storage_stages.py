@@ -1,5 +1,6 @@
 """Stages on `s3://` locations against a real store: the tiny pipeline, what is done already, dry runs, secrets."""
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from tests.faults.store import ACCESS_KEY, BUCKET, READER_KEY, READER_SECRET, SE
 
 pytestmark = pytest.mark.slow
 
+SECRETS = {name: f"a-{name.lower()}-of-this-test" for name in ("HF_TOKEN", "OPENAI_API_KEY", "WANDB_API_KEY")}
 SAPO = ("--max_steps", 3, "--max_length", 96, "--segment_length", 6, "--max_new_tokens", 6, "--eval_rows", 4)
 SAPO += ("--per_device_train_batch_size", 4, "--report_to", "none", "--use_cpu", "true", "--bf16", "false")
 SAPO += ("--logging_steps", 1, "--save_steps", 1, "--keep_checkpoints", "true", "--lease_seconds", 2)
@@ -34,7 +36,7 @@ class Pod:
         self.logs += 1
         log = self.directory / f"{self.logs}-{stage}.log"
         variables = self.store.environment() | {"SAPO_CACHE": str(self.directory / "disk"), "OMP_NUM_THREADS": "1"}
-        code = runner.run(stage, arguments, variables | {"HF_HUB_OFFLINE": "1"} | environment, log)
+        code = runner.run(stage, arguments, variables | SECRETS | {"HF_HUB_OFFLINE": "1"} | environment, log)
         return code, log.read_text()
 
     def must(self, stage: str, *arguments: object) -> str:
@@ -55,6 +57,16 @@ class Pod:
         """Complete checkpoints of a run that is under way."""
         listed = self.client().list_objects_v2(Bucket=BUCKET, Prefix=f"pipe/{name}/checkpoints/").get("Contents", [])
         return [entry["Key"] for entry in listed if entry["Key"].endswith("/.manifest.json")]
+
+    def in_checkpoints(self, name: str) -> list[str]:
+        """Files of the complete checkpoints of a run that is under way."""
+        from botocore.exceptions import ClientError
+
+        files: list[str] = []
+        for key in self.mirrored(name):
+            with contextlib.suppress(ClientError):  # an older one may go meanwhile
+                files += json.loads(self.client().get_object(Bucket=BUCKET, Key=key)["Body"].read())["files"]
+        return files
 
     def objects(self) -> dict[str, bytes]:
         """Every object of the pipeline's."""
@@ -98,7 +110,8 @@ def test_every_output_is_in_the_bucket_with_its_manifest(pod):
         assert set(told) | {".manifest.json"} == below
     assert b"<html" in objects["pipe/page.html"]
     assert objects["pipe/sapo/checkpoints/checkpoint-3/manifest.json"]
-    assert not list((pod.directory / "disk" / "outputs").rglob("*.safetensors"))  # they are in the bucket now
+    left = [path for path in (pod.directory / "disk" / "outputs").rglob("*") if path.is_file()]
+    assert left == []  # they are in the bucket now
 
 
 def test_secrets_are_nowhere(pod):
@@ -106,7 +119,8 @@ def test_secrets_are_nowhere(pod):
     files = [path for path in pod.directory.rglob("*") if path.is_file()]
     assert any(path.suffix == ".log" for path in files) and any(path.suffix == ".safetensors" for path in files)
     everything = {str(path): path.read_bytes() for path in files} | pod.objects()
-    assert [name for name, content in everything.items() if SECRET_KEY.encode() in content] == []
+    for secret in (SECRET_KEY, *SECRETS.values()):
+        assert [name for name, content in everything.items() if secret.encode() in content] == []
 
 
 def test_the_same_command_is_done_already(pod):
@@ -238,6 +252,32 @@ def test_a_trainer_of_trl_goes_on_from_the_bucket_on_an_empty_disk(pod, tmp_path
     objects = pod.objects()
     assert objects[f"pipe/{name}/model.safetensors"] == objects["pipe/dpo/model.safetensors"]
     assert not [key for key in objects if key.startswith(f"pipe/{name}/checkpoints/")]
+
+
+def test_spin_goes_on_from_the_bucket_on_an_empty_disk(pod, tmp_path):
+    """Killed while it generates, while it trains and between; each time without its disk."""
+    command = ["--data", uri("data"), "--model", uri("model"), "--train_rows", 16, "--eval_rows", 4, "--iterations", 2]
+    command += ["--learning_rates", "[1e-3, 5e-4]", "--betas", "[0.1, 0.5]", "--max_length", 96, "--max_new_tokens", 8]
+    command += ["--sampler_batch_size", 4, "--per_device_train_batch_size", 4, "--save_steps", 1, "--report_to", "none"]
+    command += ["--use_cpu", "true", "--bf16", "false", "--lease_seconds", 1, "--epochs_per_iteration", 1]
+    pod.must("spin", *command, "--output", uri("spin"))
+    said = ""
+    for attempt, part in enumerate(("generated.jsonl", "checkpoints/checkpoint-", "iteration-0/result.json")):
+        variables = pod.store.environment() | {"SAPO_CACHE": str(tmp_path / f"{attempt}"), "OMP_NUM_THREADS": "1"}
+        log = tmp_path / f"{attempt}.log"
+        process = runner.start("spin", [*command, "--output", uri("cut")], variables | {"HF_HUB_OFFLINE": "1"}, log)
+        while not any(part in name for name in pod.in_checkpoints("cut")):
+            assert process.is_alive(), log.read_text()
+            time.sleep(0.02)
+        process.kill()
+        process.join()
+        said += log.read_text()
+    said += Pod(tmp_path, pod.store).must("spin", *command, "--output", uri("cut"))
+    assert said.count("fetched the checkpoint of step") == 3
+    assert "complete already: iterations 0" in said
+    objects = pod.objects()
+    assert objects["pipe/cut/model.safetensors"] == objects["pipe/spin/model.safetensors"]
+    assert not [key for key in objects if key.startswith(("pipe/cut/checkpoints/", "pipe/cut/spin/"))]
 
 
 # ---- The same for outputs on a disk ----------------------------------------------------------------------------------

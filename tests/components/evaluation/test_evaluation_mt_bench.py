@@ -17,6 +17,8 @@ from components.evaluation.benchmarks import Context
 from components.evaluation.config import EvaluationConfig
 from components.evaluation.judge import Grading
 from components.evaluation.mt_bench import Question
+from tests.faults import runner
+from tests.faults.store import BUCKET, Store
 
 CATEGORIES = ["writing", "writing", "math", "reasoning", "coding", "extraction", "stem", "humanities"]
 SINGLE, MATH = "Grade. {question} <a>{answer}</a>", "Grade. {question} <ref>{ref_answer_1}</ref> <a>{answer}</a>"
@@ -224,3 +226,23 @@ def test_gradings_keep_braces_in_answers():
     prompts = {name: {"system_prompt": "s", "prompt_template": text} for name, text in PROMPTS.items()}
     asked = mt_bench.grading(question, 1, ["def f(): return {answer}", ""], prompts)
     assert asked.messages[1]["content"] == "Grade. write {x} <ref>{ref}</ref> <a>def f(): return {answer}</a>"
+
+
+@pytest.mark.slow
+def test_what_was_paid_for_outlives_the_disk(micro_model, data, tmp_path):
+    """The judge dies half-way and the pod with it; another one with an empty disk asks for the rest only."""
+    store = Store(tmp_path / "store")
+    command = ["--model", micro_model, "--benchmarks", "[mt_bench]", "--mt_bench_data", data, "--judge_retries", 0]
+    command += ["--mt_bench_max_new_tokens", 8, "--judge_concurrency", 1, "--output", f"s3://{BUCKET}/evaluation"]
+    variables = store.environment() | {"OPENAI_API_KEY": KEY, "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    asked, codes, log = [], [], tmp_path / "log"
+    for disk, dies_after in enumerate((7, None)):
+        with serving(JudgeServer(verdict, dies_after=dies_after)) as served:
+            environment = variables | {"SAPO_CACHE": str(tmp_path / f"disk-{disk}"), "HF_HUB_OFFLINE": "1"}
+            codes.append(runner.run("evaluation", [*command, "--judge_base_url", served.url], environment, log))
+            asked.append(len(served.asked))
+    store.stop()
+    assert (codes, asked) == ([2, 0], [7, 15 + 3 - 7]), log.read_text()
+    assert "fetched the checkpoint of step" in log.read_text()
+    everything = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]  # the store's volumes too
+    assert not [content for content in everything if KEY.encode() in content]

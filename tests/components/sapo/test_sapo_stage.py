@@ -101,6 +101,7 @@ def test_empty_data_set(tmp_path, micro_model):
         ({"loss_type": "ipo"}, "loss_type = 'ipo' is not valid: .*'dpo' or 'orpo'"),
         ({"settings": '{"emadecay": 1}'}, "--settings: unknown setting 'emadecay'; did you mean 'ema_decay'"),
         ({"output_dir": "x"}, "unknown argument '--output_dir'"),
+        ({"hub_token": "hf_x"}, "unknown argument '--hub_token'"),
         ({"eval_strategy": "steps", "eval_rows": 0}, "eval_strategy = steps needs held-out rows; raise eval_rows"),
         ({"nll_scope": "sequence"}, "`sequence` is for loss_type = orpo"),
         ({"optim": "adamw_8bit"}, "needs the package bitsandbytes"),
