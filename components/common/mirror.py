@@ -149,7 +149,7 @@ class Mirror:
         self.uploaded = _step(path.name)
         logger.info("mirrored %s to %s in %.1f s", path.name, self.place, time.monotonic() - started)
         shutil.rmtree(self.scratch, ignore_errors=True)
-        self._remove_old()
+        self._remove_old(self.keep)
         return True
 
     def _hold(self, path: Path) -> Path:
@@ -165,11 +165,18 @@ class Mirror:
         unfinished.rename(held)
         return held
 
-    def _remove_old(self) -> None:
+    def _remove_old(self, keep: int) -> None:
         """Keeps the newest complete checkpoints; removes older ones with what interrupted uploads left."""
-        kept = mirrored(self.place)[-self.keep :]
-        names = [n for n in transfer.objects(self.place) if 0 <= _step(n.split("/")[0]) < kept[0]]
-        transfer.delete(self.place, names)
+        if kept := mirrored(self.place)[-keep:]:
+            names = [n for n in transfer.objects(self.place) if 0 <= _step(n.split("/")[0]) < kept[0]]
+            transfer.delete(self.place, names)
+
+    def keep_newest(self) -> None:
+        """Removes all but the newest complete checkpoint, or leaves them where the store is away. After `cancel`."""
+        try:
+            self._remove_old(1)
+        except (UserError, OSError) as error:
+            logger.warning("older checkpoints are left in %s: %s", self.place, error)
 
     def finish(self, seconds: float) -> bool:
         """Waits until the newest checkpoint is in the bucket, or the time is over; whether it is."""
