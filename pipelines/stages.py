@@ -10,7 +10,10 @@ from typing import Any
 from kfp import dsl
 from kfp.dsl import HTML, Artifact, Dataset, Input, Markdown, Metrics, Model, Output
 
-from pipelines.cluster import image
+from pipelines.cluster import SENDING_SECONDS, image
+
+# Where a pod has time to save (`trainingPods` in the chart), what the last checkpoint may take to the store.
+_SENDING = ("--grace_seconds", str(SENDING_SECONDS))
 
 
 def _stage(
@@ -141,7 +144,8 @@ def sft(
         metrics: Its last values.
     """
     inputs = ("--data", data.path, "--model", model.path)
-    return _stage("sft", settings, *inputs, "--output", tuned.path, "--training_log", training_log.path, recipe=recipe)
+    outputs = ("--output", tuned.path, "--training_log", training_log.path)
+    return _stage("sft", settings, *inputs, *outputs, *_SENDING, recipe=recipe)
 
 
 @dsl.container_component
@@ -171,7 +175,7 @@ def sapo(
     """
     inputs = ("--data", data.path, "--model", model.path, "--name", name)
     outputs = ("--output", aligned.path, "--training_log", training_log.path)
-    return _stage("sapo", settings, *inputs, *outputs, recipe=recipe)
+    return _stage("sapo", settings, *inputs, *outputs, *_SENDING, recipe=recipe)
 
 
 @dsl.container_component
@@ -209,7 +213,7 @@ def train(
     starts = f'{{"base": "{base.path}", "sft": "{sft.path}"}}'
     inputs = ("--data", data.path, "--model", starts, "--start", start, "--name", name)
     outputs = ("--output", model.path, "--training_log", training_log.path)
-    return _stage(stage, settings, *inputs, *outputs, recipe=recipe, image_of="train")
+    return _stage(stage, settings, *inputs, *outputs, *_SENDING, recipe=recipe, image_of="train")
 
 
 @dsl.container_component
