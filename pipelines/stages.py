@@ -12,8 +12,11 @@ from kfp.dsl import HTML, Artifact, Dataset, Input, Markdown, Metrics, Model, Ou
 
 from pipelines.cluster import SENDING_SECONDS, image
 
-# Where a pod has time to save (`trainingPods` in the chart), what the last checkpoint may take to the store.
-_SENDING = ("--grace_seconds", str(SENDING_SECONDS))
+
+def _machine(gpus: str) -> tuple[Any, ...]:
+    """Flags of a training stage about its pod: a process for each GPU, and, where it has time to save (`trainingPods` in the
+    chart), what the last checkpoint may take to the store."""
+    return ("--num_processes", gpus, "--grace_seconds", str(SENDING_SECONDS))
 
 
 def _stage(
@@ -126,6 +129,7 @@ def sft(
     model: Input[Model],
     recipe: str,
     settings: dict,
+    gpus: str,
     tuned: Output[Model],
     training_log: Output[Artifact],
     metrics: Output[Metrics],
@@ -137,6 +141,7 @@ def sft(
         model: Model to start from.
         recipe: Recipe of the sft stage: a name such as `tiny`, or a path.
         settings: Settings laid over the recipe, such as {"max_steps": 100}.
+        gpus: GPUs of the pod, each for a process of its own; "0" is one process on the CPU.
 
     Returns:
         tuned: The fine-tuned model, a Hugging Face directory.
@@ -145,7 +150,7 @@ def sft(
     """
     inputs = ("--data", data.path, "--model", model.path)
     outputs = ("--output", tuned.path, "--training_log", training_log.path)
-    return _stage("sft", settings, *inputs, *outputs, *_SENDING, recipe=recipe)
+    return _stage("sft", settings, *inputs, *outputs, *_machine(gpus), recipe=recipe)
 
 
 @dsl.container_component
@@ -155,6 +160,7 @@ def sapo(
     name: str,
     recipe: str,
     settings: dict,
+    gpus: str,
     aligned: Output[Model],
     training_log: Output[Artifact],
     metrics: Output[Metrics],
@@ -167,6 +173,7 @@ def sapo(
         name: What the report calls this run.
         recipe: Recipe of the sapo stage: a name such as `tiny-dpo`, or a path.
         settings: Settings laid over the recipe, such as {"segment_length": 128}.
+        gpus: GPUs of the pod, each for a process of its own; "0" is one process on the CPU.
 
     Returns:
         aligned: The aligned model, a Hugging Face directory.
@@ -175,7 +182,7 @@ def sapo(
     """
     inputs = ("--data", data.path, "--model", model.path, "--name", name)
     outputs = ("--output", aligned.path, "--training_log", training_log.path)
-    return _stage("sapo", settings, *inputs, *outputs, *_SENDING, recipe=recipe)
+    return _stage("sapo", settings, *inputs, *outputs, *_machine(gpus), recipe=recipe)
 
 
 @dsl.container_component
@@ -188,6 +195,7 @@ def train(
     start: str,
     recipe: str,
     settings: str,
+    gpus: str,
     model: Output[Model],
     training_log: Output[Artifact],
     metrics: Output[Metrics],
@@ -203,6 +211,7 @@ def train(
         start: The model to start from: base or sft.
         recipe: Recipe of that stage: a name such as `tiny-dpo`, or a path.
         settings: Settings laid over the recipe, a mapping as JSON.
+        gpus: GPUs of the pod, each for a process of its own; "0" is one process on the CPU.
 
     Returns:
         model: The trained model, a Hugging Face directory.
@@ -213,7 +222,7 @@ def train(
     starts = f'{{"base": "{base.path}", "sft": "{sft.path}"}}'
     inputs = ("--data", data.path, "--model", starts, "--start", start, "--name", name)
     outputs = ("--output", model.path, "--training_log", training_log.path)
-    return _stage(stage, settings, *inputs, *outputs, *_SENDING, recipe=recipe, image_of="train")
+    return _stage(stage, settings, *inputs, *outputs, *_machine(gpus), recipe=recipe, image_of="train")
 
 
 @dsl.container_component
