@@ -54,7 +54,7 @@ def ablation(
         evaluation_recipe: Recipe of the evaluation, the same for all models.
         evaluation_settings: Settings laid over the evaluation recipe.
         report_settings: Settings of the report, such as {"title": "My run"}.
-        gpus: GPUs of each training stage, as text; "0" trains on the CPU. Training stages run one at a time.
+        gpus: GPUs of each training stage, one process on each, as text; "0" trains on the CPU. They run one at a time.
         gpu_type: Kubernetes resource that GPUs are counted in, such as nvidia.com/gpu or amd.com/gpu.
         cpu: CPUs of each training stage, as text, such as "64".
         memory: Memory of each training stage, /dev/shm included, such as "800Gi".

@@ -34,6 +34,10 @@ SECRETS = {
     "judge": ("sapo-judge", {"key": "OPENAI_API_KEY"}),
 }
 STORE = ("sapo-store", {"endpoint": "AWS_ENDPOINT_URL", "region": "AWS_REGION"})
+# From SIGTERM to SIGKILL where it can be set (a TrainJob, the chart's `trainingPods`): finish the step, save, and send the
+# checkpoint to the store, for which a stage has SENDING_SECONDS.
+GRACE_SECONDS = 900
+SENDING_SECONDS = 300
 _HOUR = 3600
 
 
@@ -61,10 +65,11 @@ class _Needs:
     retries: int = 2
     cached: bool = False
     cache_volume: bool = True
+    trains: bool = False
 
 
 _LIGHT = (("250m", "512Mi"), ("2", "4Gi"))
-_TRAINING = _Needs(hours=96)
+_TRAINING = _Needs(hours=96, trains=True)
 NEEDS = {
     # Without the volume: a pod that waits for a missing one says nothing, and this stage is there to tell.
     "preflight": _Needs(

@@ -34,8 +34,8 @@ def compare(
     rows = on_cluster(_task("Data", stages.data, data), "data").after(checked)
     sft_rows = on_cluster(_task("Data for SFT", stages.data, sft_data), "data").after(checked)
     base = on_cluster(_task("Base model", stages.model, model, data=rows.outputs["data"]), "model")
-    tuned = _task("SFT", stages.sft, sft, data=sft_rows.outputs["data"], model=base.outputs["model"])
-    on_cluster(tuned, "sft", trainer)
+    inputs = {"data": sft_rows.outputs["data"], "model": base.outputs["model"], "gpus": trainer.gpus}
+    tuned = on_cluster(_task("SFT", stages.sft, sft, **inputs), "sft", trainer)
 
     def evaluate(trained: Any, name: Any, title: str) -> Any:
         measured = _task(title, stages.evaluation, evaluation, data=rows.outputs["data"], model=trained, name=name)
@@ -48,9 +48,8 @@ def compare(
     # list is then simply not there. One method at a time, because each takes all the GPUs, or cores, of a machine.
     with dsl.ParallelFor(methods, parallelism=1, name="methods") as entry:
         fields = {key: LoopArgumentVariable(entry, key) for key in ("name", "stage", "start", "recipe", "settings")}
-        trained = stages.train(
-            data=rows.outputs["data"], base=base.outputs["model"], sft=tuned.outputs["tuned"], **fields
-        )
+        models = {"base": base.outputs["model"], "sft": tuned.outputs["tuned"]}
+        trained = stages.train(data=rows.outputs["data"], **models, **fields, gpus=trainer.gpus)
         on_cluster(trained.set_display_name("Training"), "train", trainer)
         results = evaluate(trained.outputs["model"], fields["name"], "Evaluation")
 
@@ -139,7 +138,7 @@ def comparison(
         evaluation_recipe: Recipe of the evaluation, the same for all models.
         evaluation_settings: Settings laid over the evaluation recipe.
         report_settings: Settings of the report, such as {"title": "My run"}.
-        gpus: GPUs of each training stage, as text; "0" trains on the CPU. Training stages run one at a time.
+        gpus: GPUs of each training stage, one process on each, as text; "0" trains on the CPU. They run one at a time.
         gpu_type: Kubernetes resource that GPUs are counted in, such as nvidia.com/gpu or amd.com/gpu.
         cpu: CPUs of each training stage, as text, such as "64".
         memory: Memory of each training stage, /dev/shm included, such as "800Gi".

@@ -57,7 +57,7 @@ def sapo(
         evaluation_recipe: Recipe of the evaluation, the same for all four models.
         evaluation_settings: Settings laid over the evaluation recipe.
         report_settings: Settings of the report, such as {"title": "My run"}.
-        gpus: GPUs of each training stage, as text; "0" trains on the CPU. Training stages run one at a time.
+        gpus: GPUs of each training stage, one process on each, as text; "0" trains on the CPU. They run one at a time.
         gpu_type: Kubernetes resource that GPUs are counted in, such as nvidia.com/gpu or amd.com/gpu.
         cpu: CPUs of each training stage, as text, such as "64".
         memory: Memory of each training stage, /dev/shm included, such as "800Gi".
@@ -78,7 +78,8 @@ def sapo(
 
     base = stages.model(data=conversations, recipe=model_recipe, settings=model_settings)
     on_cluster(base.set_display_name("Base model"), "model")
-    tuned = stages.sft(data=conversations, model=base.outputs["model"], recipe=sft_recipe, settings=sft_settings)
+    inputs = {"data": conversations, "model": base.outputs["model"], "gpus": gpus}
+    tuned = stages.sft(**inputs, recipe=sft_recipe, settings=sft_settings)
     on_cluster(tuned.set_display_name("SFT"), "sft", trainer)
 
     aligned = {}
@@ -86,9 +87,8 @@ def sapo(
         ("dpo", sapo_dpo_recipe, sapo_dpo_settings),
         ("orpo", sapo_orpo_recipe, sapo_orpo_settings),
     ):
-        aligned[loss] = stages.sapo(
-            data=conversations, model=tuned.outputs["tuned"], name=f"sapo-{loss}", recipe=recipe, settings=settings
-        )
+        inputs = {"data": conversations, "model": tuned.outputs["tuned"], "gpus": gpus}
+        aligned[loss] = stages.sapo(**inputs, name=f"sapo-{loss}", recipe=recipe, settings=settings)
         on_cluster(aligned[loss].set_display_name(f"SAPO ({loss.upper()} loss)"), "sapo", trainer)
 
     models = {

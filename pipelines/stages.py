@@ -10,7 +10,13 @@ from typing import Any
 from kfp import dsl
 from kfp.dsl import HTML, Artifact, Dataset, Input, Markdown, Metrics, Model, Output
 
-from pipelines.cluster import image
+from pipelines.cluster import SENDING_SECONDS, image
+
+
+def _machine(gpus: str) -> tuple[Any, ...]:
+    """Flags of a training stage about its pod: a process for each GPU, and, where it has time to save (`trainingPods` in the
+    chart), what the last checkpoint may take to the store."""
+    return ("--num_processes", gpus, "--grace_seconds", str(SENDING_SECONDS))
 
 
 def _stage(
@@ -123,6 +129,7 @@ def sft(
     model: Input[Model],
     recipe: str,
     settings: dict,
+    gpus: str,
     tuned: Output[Model],
     training_log: Output[Artifact],
     metrics: Output[Metrics],
@@ -134,6 +141,7 @@ def sft(
         model: Model to start from.
         recipe: Recipe of the sft stage: a name such as `tiny`, or a path.
         settings: Settings laid over the recipe, such as {"max_steps": 100}.
+        gpus: GPUs of the pod, each for a process of its own; "0" is one process on the CPU.
 
     Returns:
         tuned: The fine-tuned model, a Hugging Face directory.
@@ -141,7 +149,8 @@ def sft(
         metrics: Its last values.
     """
     inputs = ("--data", data.path, "--model", model.path)
-    return _stage("sft", settings, *inputs, "--output", tuned.path, "--training_log", training_log.path, recipe=recipe)
+    outputs = ("--output", tuned.path, "--training_log", training_log.path)
+    return _stage("sft", settings, *inputs, *outputs, *_machine(gpus), recipe=recipe)
 
 
 @dsl.container_component
@@ -151,6 +160,7 @@ def sapo(
     name: str,
     recipe: str,
     settings: dict,
+    gpus: str,
     aligned: Output[Model],
     training_log: Output[Artifact],
     metrics: Output[Metrics],
@@ -163,6 +173,7 @@ def sapo(
         name: What the report calls this run.
         recipe: Recipe of the sapo stage: a name such as `tiny-dpo`, or a path.
         settings: Settings laid over the recipe, such as {"segment_length": 128}.
+        gpus: GPUs of the pod, each for a process of its own; "0" is one process on the CPU.
 
     Returns:
         aligned: The aligned model, a Hugging Face directory.
@@ -171,7 +182,7 @@ def sapo(
     """
     inputs = ("--data", data.path, "--model", model.path, "--name", name)
     outputs = ("--output", aligned.path, "--training_log", training_log.path)
-    return _stage("sapo", settings, *inputs, *outputs, recipe=recipe)
+    return _stage("sapo", settings, *inputs, *outputs, *_machine(gpus), recipe=recipe)
 
 
 @dsl.container_component
@@ -184,6 +195,7 @@ def train(
     start: str,
     recipe: str,
     settings: str,
+    gpus: str,
     model: Output[Model],
     training_log: Output[Artifact],
     metrics: Output[Metrics],
@@ -199,6 +211,7 @@ def train(
         start: The model to start from: base or sft.
         recipe: Recipe of that stage: a name such as `tiny-dpo`, or a path.
         settings: Settings laid over the recipe, a mapping as JSON.
+        gpus: GPUs of the pod, each for a process of its own; "0" is one process on the CPU.
 
     Returns:
         model: The trained model, a Hugging Face directory.
@@ -209,7 +222,7 @@ def train(
     starts = f'{{"base": "{base.path}", "sft": "{sft.path}"}}'
     inputs = ("--data", data.path, "--model", starts, "--start", start, "--name", name)
     outputs = ("--output", model.path, "--training_log", training_log.path)
-    return _stage(stage, settings, *inputs, *outputs, recipe=recipe, image_of="train")
+    return _stage(stage, settings, *inputs, *outputs, *_machine(gpus), recipe=recipe, image_of="train")
 
 
 @dsl.container_component

@@ -12,8 +12,6 @@ from pipelines import cluster
 from pipelines.package import Package
 
 RUNTIME = "torch-distributed"  # a ClusterTrainingRuntime that comes with Kubeflow Trainer; it tells torchrun its peers
-# From SIGTERM to SIGKILL: finish the step, save, and send the checkpoint to the store. Kubeflow Pipelines cannot set this.
-GRACE_SECONDS = 900
 PART_OF = {"app.kubernetes.io/part-of": "sapo-pipelines"}  # the network policy lets such pods reach each other
 
 
@@ -39,7 +37,7 @@ def train_job(
             raise UserError(f"--{name} {location}: nodes share no disk; give an s3:// location")
     if nodes < 1:
         raise UserError(f"--nodes {nodes}: must be 1 or more")
-    locations = ["--data", data, "--model", model, "--output", output]
+    locations = ["--data", data, "--model", model, "--output", output, "--grace_seconds", str(cluster.SENDING_SECONDS)]
     settings = ["--config", entry["recipe"], "--settings", json.dumps(entry["settings"])]
     labels = {**PART_OF, "kueue.x-k8s.io/queue-name": cluster.QUEUE}
     return {
@@ -83,7 +81,7 @@ def _environment() -> list[dict[str, Any]]:
     sources = [("secretKeyRef", *cluster.SECRETS[secret]) for secret in cluster.NEEDS["train"].secrets]
     sources.append(("configMapKeyRef", *cluster.STORE))
     # torchrun passes SIGTERM on, and by itself kills its processes 30 seconds later.
-    patience = {"name": "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "value": str(GRACE_SECONDS - 60)}
+    patience = {"name": "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "value": str(cluster.GRACE_SECONDS - 60)}
     return [patience] + [
         {"name": variable, "valueFrom": {kind: {"name": name, "key": key, "optional": True}}}
         for kind, name, keys in sources
@@ -100,7 +98,7 @@ def _pods(values: dict[str, Any]) -> dict[str, Any]:
     mounts = [{"name": "shm", "mountPath": "/dev/shm"}, {"name": "cache", "mountPath": cluster.CACHE}]
     pod = {
         "serviceAccountName": cluster.SERVICE_ACCOUNT,
-        "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "terminationGracePeriodSeconds": cluster.GRACE_SECONDS,
         "nodeSelector": values["node_selector"],
         "tolerations": values["tolerations"],
         "securityContext": {"runAsNonRoot": True, "fsGroup": 1000},

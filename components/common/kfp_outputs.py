@@ -6,6 +6,7 @@ laptop) `publish` does nothing.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +39,23 @@ def publish(executor_input: str | None, metadata: dict[str, dict[str, Any]] | No
         artifacts[name] = {"artifacts": [artifact]}
     output_file.parent.mkdir(parents=True, exist_ok=True)
     output_file.write_text(json.dumps({"artifacts": artifacts}), encoding="utf-8")
+
+
+def bucket_of(executor_input: str | None, path: str) -> str | None:
+    """Where KFP's launcher will send the artifact that is made at a path.
+
+    Returns:
+        `s3://bucket/key`; None outside a pod of KFP, or where artifacts go to another kind of store.
+    """
+    try:
+        listed = json.loads(executor_input or "")["outputs"]["artifacts"].values()
+        uris = [artifact["uri"] for entry in listed for artifact in entry["artifacts"]]
+    except (ValueError, KeyError, TypeError):
+        return None
+    for uri in uris:
+        scheme, _, place = uri.partition("://")
+        # KFP's default store has a scheme of its own; it speaks S3 at the endpoint that the environment names.
+        known = scheme == "s3" or (scheme == "minio" and "AWS_ENDPOINT_URL" in os.environ)
+        if known and Path(path).as_posix().endswith(f"/{scheme}/{place}"):
+            return f"s3://{place}"
+    return None

@@ -139,7 +139,8 @@ def join_on_cpu() -> bool:
 
         # Without its kernels for shared memory: a compiler would be busy with them for a minute, and a launch that was killed
         # meanwhile leaves a lock on which all later ones wait for ever. (`deepspeed.comm.torch` is torch itself.)
-        setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)
+        backend: Any = importlib.import_module("deepspeed.comm.torch")
+        backend.build_shm_op = lambda: None
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
         PartialState(backend="gloo")
         return True

@@ -25,9 +25,8 @@ logger = logging.getLogger(__name__)
 PREFIX = "checkpoint-"
 LOG = "training-log"  # what a mirrored checkpoint holds besides the stage's files
 SECONDS_BETWEEN_LOOKS = 0.2
-SHARED_FROM = (
-    2**24
-)  # bytes; smaller files are sent with each checkpoint, so that damage to one object spoils one checkpoint
+# Bytes; smaller files are sent with each checkpoint, so that damage to one object spoils one checkpoint.
+SHARED_FROM = 2**24
 SECONDS_BETWEEN_COPIES = 10.0  # of an output as a whole
 LONGEST_PAUSE = 30.0  # seconds between attempts while the store is away
 
@@ -177,7 +176,7 @@ class Mirror:
         self.uploaded = _step(path.name)
         logger.info("mirrored %s to %s in %.1f s", path.name, self.place, time.monotonic() - started)
         shutil.rmtree(self.scratch, ignore_errors=True)
-        self._remove_old()
+        self._remove_old(self.keep)
         return True
 
     def _shared(self, files: manifest.Files) -> manifest.Files:
@@ -209,13 +208,22 @@ class Mirror:
         unfinished.rename(held)
         return held
 
-    def _remove_old(self) -> None:
+    def _remove_old(self, keep: int) -> None:
         """Keeps the newest complete checkpoints; removes older ones, but for files that are shared, and interrupted uploads."""
-        kept = mirrored(self.place)[-self.keep :]
+        kept = mirrored(self.place)[-keep:]
+        if not kept:
+            return
         manifests = [transfer.read_manifest(self._at(step)) or {"files": {}} for step in kept]
         shared = {file["at"] for content in manifests for file in content["files"].values() if "at" in file}
         names = [n for n in transfer.objects(self.place) if 0 <= _step(n.split("/")[0]) < kept[0]]
         transfer.delete(self.place, [name for name in names if name not in shared])
+
+    def keep_newest(self) -> None:
+        """Removes all but the newest complete checkpoint, or leaves them where the store is away. After `cancel`."""
+        try:
+            self._remove_old(1)
+        except (UserError, OSError) as error:
+            logger.warning("older checkpoints are left in %s: %s", self.place, error)
 
     def finish(self, seconds: float) -> bool:
         """Waits until the newest checkpoint is in the bucket, or the time is over; whether it is."""

@@ -46,7 +46,7 @@ class TrainingStageConfig(StageConfig):
         None, "Directory for curves, pairs and TensorBoard files; default OUTPUT/training."
     )
     num_processes: int = setting(
-        1, "Processes to train in, one a GPU of this machine; under torchrun or accelerate launch theirs count.", "8"
+        1, "Processes to train in, one a GPU; 0 is 1 (a CPU). Under torchrun or accelerate launch theirs count.", "8"
     )
     parallelism: Literal["ddp", "zero2", "zero3", "fsdp2"] = setting(
         "ddp",
@@ -57,9 +57,10 @@ class TrainingStageConfig(StageConfig):
     eval_rows: int = setting(128, "Held-out rows that are scored during training; 0 for none.")
 
     def __post_init__(self) -> None:
-        for name, least in (("max_prompt_length", 1), ("eval_rows", 0), ("num_processes", 1)):
+        for name, least in (("max_prompt_length", 1), ("eval_rows", 0), ("num_processes", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be {least} or more")
+        self.num_processes = max(self.num_processes, 1)  # a pipeline hands over the number of its GPUs
         self.model = self._start_model()
 
     def held_out_rows(self, eval_strategy: Any = "no") -> list[Row]:

@@ -110,6 +110,8 @@ WRONG = {
     "root": ({"podSecurityContext": {"runAsUser": 0}}, "runAsUser"),
     "a network that is none": ({"networkPolicy": {"store": {"cidrs": ["s3.example.com"]}}}, "cidrs"),
     "a pod without a memory limit": ({"upload": {"resources": {"limits": {"cpu": "1"}, "requests": {}}}}, "limits"),
+    "a grace period in words": ({"trainingPods": {"graceSeconds": "15m"}}, "graceSeconds"),
+    "an API version that Kubernetes has not": ({"trainingPods": {"apiVersion": "v1"}}, "apiVersion"),
     "a port out of range": ({"networkPolicy": {"judge": {"port": 70000}}}, "port"),
 }
 

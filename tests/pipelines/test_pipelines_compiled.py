@@ -351,6 +351,7 @@ def test_every_method_is_trained_evaluated_and_reported(fake_stages: Path, run_c
         assert json.loads(trained["--model"]) == {"base": f"{root}/model/model", "sft": f"{root}/sft/tuned"}
         assert {key: trained[f"--{key}"] for key in ("name", "start")} == {k: method[k] for k in ("name", "start")}
         assert trained["--config"] == method["recipe"]
+        assert trained["--num_processes"] == "0"  # as many as GPUs
         assert json.loads(trained["--settings"]) == method["settings"]
         assert (evaluated["--model"], evaluated["--name"]) == (trained["--output"], method["name"])
         assert evaluated["--data"] == trained["--data"] == f"{root}/data/data"
@@ -371,6 +372,16 @@ def _check_report(root: Path, names: list[str]) -> None:
     assert collected_paths(executor_input, evaluations) == [f"{root}/evaluation-{name}/results" for name in names]
     assert collected_paths(executor_input, trainings) == [f"{root}/train-{name}/training_log" for name in names]
     assert report["--settings"] == '{"title": "T"}'
+
+
+def test_a_training_has_a_process_for_each_gpu(fake_stages: Path, run_cli: Cli) -> None:
+    code, _, err = _run_comparison(run_cli, METHODS[:1], "--set", "gpus=8")
+    assert (code, err) == (0, "")
+    assert _flags("train-a", "model")["--num_processes"] == _flags("sft", "tuned")["--num_processes"] == "8"
+    assert run_cli("run", "sapo", "--set", "gpus=2", "--output", "out-sapo")[0] == 0
+    outputs = Path.cwd() / "out-sapo" / "outputs"
+    for task in ("sft/tuned", "sapo/aligned", "sapo-2/aligned"):
+        assert json.loads((outputs / task / "flags.json").read_text())["--num_processes"] == "2"
 
 
 def test_train_runs_the_stage_that_the_method_names(fake_stages: Path, run_cli: Cli) -> None:

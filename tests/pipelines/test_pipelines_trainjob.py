@@ -9,8 +9,8 @@ import pytest
 import yaml
 from kubeflow_trainer_api.models.trainer_v1alpha1_train_job import TrainerV1alpha1TrainJob
 
+from pipelines.cluster import GRACE_SECONDS, SENDING_SECONDS
 from pipelines.package import read_package
-from pipelines.trainjob import GRACE_SECONDS
 
 REPOSITORY = Path(__file__).parents[2]
 RUN = REPOSITORY / "pipelines" / "runs" / "llama3-8b.yaml"
@@ -59,6 +59,7 @@ def test_its_arguments_are_ones_that_the_stage_takes(run_cli: Cli) -> None:
     extra = ["--use_cpu", "true", "--bf16", "false", "--report_to", "none"]
     stage, config = ConfigParser("sapo", [ResumableStageConfig, SAPOConfig], hidden=HIDDEN).parse([*arguments, *extra])
     assert (stage.name, stage.model, stage.output, config.beta) == ("a", "s3://b/sft", "s3://b/out", 0.5)
+    assert stage.grace_seconds == SENDING_SECONDS
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,16 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from components.common.errors import TERMINATED, UserError
-from components.common.kfp_outputs import publish
+from components.common.kfp_outputs import bucket_of, publish
 from components.common.locations import cache_directory
 from components.common.storage import manifest
 from components.common.storage.lease import Lease, refuse_other_run
+
+if TYPE_CHECKING:
+    from components.common.storage.client import Location
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +144,8 @@ class Session:
         fetched |= {name: str(path) for name, (_, path) in self.sent.items()}
         if not values.get("dry_run") and _is_first():
             self._open(Path(fetched["output"]), self._log_directory(fetched))
-        if "output" in self.sent and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        keeps = "output" in self.sent or bucket_of(values.get("executor_input"), fetched["output"])
+        if keeps and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState
 
             PartialState().wait_for_everyone()  # all look for the checkpoint that the first one has fetched
@@ -243,6 +247,7 @@ class Session:
         lock = _locked(output.with_name(f".{output.name}.lock"), wait=False, what=f"--output {self.values['output']}")
         self._cleanup.enter_context(lock)
         if "output" not in self.sent:
+            self._keep_beside_artifact(output, log)
             return
         from components.common import mirror
         from components.common.storage.client import Location, split
@@ -264,9 +269,18 @@ class Session:
         goes_on = self.stage in GO_ON or self.values.get("resume") or mirror.newest(checkpoints, marker)
         if overwrite or not goes_on:
             shutil.rmtree(output, ignore_errors=True)  # what a stage left that cannot go on from it
-        kept, scratch = Location(place.bucket, f"{place.prefix}checkpoints"), output.with_name(f".{output.name}.mirror")
+        kept = Location(place.bucket, f"{place.prefix}checkpoints")
+        if log is not None or self.stage in FOLDERS:
+            self._keep_checkpoints(output, log, kept, self.lease.check)
+
+    def _keep_checkpoints(self, output: Path, log: Path | None, kept: "Location", check: Callable[[], None]) -> None:
+        """Gets the newest checkpoint that an earlier pod has sent below `kept`, and sends those to come there."""
+        from components.common import mirror
+
+        marker, checkpoints = MARKERS.get(self.stage, MARKER), output / "checkpoints"
+        overwrite, scratch = self.values.get("overwrite"), output.with_name(f".{output.name}.mirror")
         keep, bandwidth = self._setting("mirror_keep"), self._setting("mirror_bandwidth")
-        options = (marker, keep, bandwidth and bandwidth * 1e6, self.lease.check)
+        options = (marker, keep, bandwidth and bandwidth * 1e6, check)
         if self.stage in FOLDERS:
             if not overwrite:
                 mirror.restore_folder(kept, output, marker)
@@ -276,6 +290,24 @@ class Session:
             if not overwrite:
                 mirror.restore(kept, checkpoints, log, marker)
             self.mirror = mirror.Mirror(checkpoints, kept, scratch, log, *options)
+
+    def _keep_beside_artifact(self, output: Path, log: Path | None) -> None:
+        """In a pod of KFP: its launcher sends the output when all is done, and only then. Checkpoints go beside it meanwhile.
+
+        They are an extra: where they cannot be kept, the stage runs all the same. The newest stays after the run, because
+        nothing here tells whether the launcher has got through.
+        """
+        bucket = bucket_of(self.values.get("executor_input"), str(output))
+        if bucket is None or (log is None and self.stage not in FOLDERS):
+            return
+        from components.common.storage.client import check_write, split
+
+        kept = split(f"{bucket}-checkpoints")
+        try:
+            check_write(kept)
+            self._keep_checkpoints(output, log, kept, lambda: None)
+        except UserError as error:
+            logger.warning("a new pod would begin anew, because checkpoints cannot be kept: %s", error)
 
     def _exit_on_sigterm(self) -> None:
         """Outside of training, where stages stop in their own way, SIGTERM leaves through `stop` too."""
@@ -294,6 +326,8 @@ class Session:
             return
         if self.mirror:
             self.mirror.cancel()
+            if "output" not in self.sent:
+                self.mirror.keep_newest()
         files = manifest.describe(output, [path for _, path in self.unneeded])
         made = manifest.make(files, **self.run, published=self._published())
         manifest.write(output, made)

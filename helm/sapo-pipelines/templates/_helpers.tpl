@@ -178,3 +178,19 @@ http://seaweedfs.{{ .Values.kfp.namespace }}.svc.cluster.local:9000
 - --token_file=/var/run/secrets/kubeflow/pipelines/token
 {{- end }}
 {{- end }}
+
+{{/* The API version of MutatingAdmissionPolicy: as told, or what this Kubernetes has. */}}
+{{- define "sapo.mutatingPolicyVersion" -}}
+{{- $kubernetes := .Capabilities.KubeVersion.Version -}}
+{{- if .Values.trainingPods.apiVersion -}}
+{{ .Values.trainingPods.apiVersion }}
+{{- else if semverCompare ">=1.36-0" $kubernetes -}}
+admissionregistration.k8s.io/v1
+{{- else if semverCompare ">=1.34-0" $kubernetes -}}
+admissionregistration.k8s.io/v1beta1
+{{- else if semverCompare ">=1.32-0" $kubernetes -}}
+admissionregistration.k8s.io/v1alpha1
+{{- else -}}
+{{- fail (printf "trainingPods.enabled: Kubernetes %s has no MutatingAdmissionPolicy, 1.32 has; leave it off" $kubernetes) -}}
+{{- end -}}
+{{- end }}

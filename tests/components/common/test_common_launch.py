@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from components.common import launch
 from components.common.conversations import write_rows
 from components.common.errors import UserError
+from components.common.training import TrainingStageConfig
 from tests.conftest import chat_rows
 
 # Of float32 sums in another order, after Adam's steps of 1e-3.
@@ -114,3 +115,10 @@ def test_a_launchers_own_choice_is_left_alone(monkeypatch):
     monkeypatch.setattr(launch, "join_on_cpu", lambda: False)
     launch.join("zero3", on_cpu=True)
     assert os.environ == {"ACCELERATE_USE_FSDP": "true"}
+
+
+def test_no_gpus_are_one_process() -> None:
+    places = {"data": "d", "model": "m", "output": "o"}
+    assert TrainingStageConfig(**places, num_processes=0).num_processes == 1
+    with pytest.raises(ValueError, match="num_processes = -1: must be 0 or more"):
+        TrainingStageConfig(**places, num_processes=-1)
