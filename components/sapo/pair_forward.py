@@ -8,8 +8,6 @@ in one row without padding: linear layers run over all tokens at once, attention
 each branch over the prefix and itself, never over the other branch), and x A is computed once. Models whose attention
 cannot be swapped this way take the plain form, padded rows, with the same results to rounding.
 
-On CUDA the same visibility goes to FlexAttention as a block mask: one kernel for all pairs.
-
 Only response tokens reach the vocabulary, in chunks that are computed again in backward, so that memory does not grow with
 the number of tokens times the vocabulary.
 """
@@ -24,15 +22,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface
+
+from components.sapo.lean_layers import lean_layers
+from components.sapo.pair_attention import SHARED_PREFIX, PairLayout, Span
 
 logger = logging.getLogger(__name__)
 
-SHARED_PREFIX = "sapo_shared_prefix"
 # Architectures whose attention is the plain one behind transformers' attention interface, and whose logits are the output
 # embeddings times the last hidden state, with nothing after.
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
@@ -51,16 +48,6 @@ class PairIds:
         """Response tokens that both share at their beginning, leaving each at least one of its own."""
         most = min(len(self.chosen), len(self.rejected)) - 1
         return next((i for i in range(most) if self.chosen[i] != self.rejected[i]), most)
-
-
-@dataclass(frozen=True)
-class Span:
-    """Where a packed pair lies: its prefix [start, start + prefix), then `chosen`, then `rejected` tokens."""
-
-    start: int
-    prefix: int
-    chosen: int
-    rejected: int
 
 
 @dataclass(frozen=True)
@@ -97,54 +84,6 @@ class PairBatch:
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         inputs = {name: value.to(device) for name, value in self.model_inputs.items()}
         return PairBatch(model_inputs=inputs, spans=self.spans, **moved)
-
-
-class PairLayout:
-    """Which tokens of packed pairs see which, as the attention of every layer needs it.
-
-    Args:
-        spans: where each pair lies.
-    """
-
-    def __init__(self, spans: list[Span]) -> None:
-        self.spans = spans
-        self._block_masks: dict[int | None, BlockMask] = {}
-        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
-
-    def visible(self, window: int | None, device: torch.device) -> Callable[..., Tensor]:
-        """FlexAttention's question whether token q sees token k: of its pair, before it, of the prefix or its own branch."""
-        lengths = [(span.prefix, span.chosen, span.rejected) for span in self.spans]
-        pair = torch.cat([torch.full((sum(n),), i) for i, n in enumerate(lengths)]).to(device)
-        branch = torch.cat([torch.arange(3).repeat_interleave(torch.tensor(n)) for n in lengths]).to(device)
-        order = [torch.cat([torch.arange(p), torch.arange(p, p + c), torch.arange(p, p + r)]) for p, c, r in lengths]
-        position = torch.cat(order).to(device)
-
-        def visible(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            seen = (pair[q] == pair[k]) & (k <= q) & ((branch[k] == 0) | (branch[k] == branch[q]))
-            return seen if window is None else seen & (position[q] - position[k] < window)
-
-        return visible
-
-    def block_mask(self, window: int | None, device: torch.device) -> BlockMask:
-        """The same as blocks of 128 x 128; made once per sliding window, not once per layer."""
-        if window not in self._block_masks:
-            tokens = sum(span.prefix + span.chosen + span.rejected for span in self.spans)
-            visible = self.visible(window, device)
-            self._block_masks[window] = create_block_mask(visible, None, None, tokens, tokens, device=device)
-        return self._block_masks[window]
-
-    def mask(self, queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:
-        """What the last `queries` of `keys` tokens in a row see, as FlashAttention adds it: 0 or -inf, (queries, keys).
-
-        Made once per size, not once per layer: attention keeps it for backward.
-        """
-        if (queries, keys, window) not in self._masks:
-            positions = torch.arange(keys, device=like.device)
-            distance = positions[keys - queries :].unsqueeze(1) - positions
-            hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-            mask = torch.zeros(queries, keys, dtype=like.dtype, device=like.device)
-            self._masks[queries, keys, window] = mask.masked_fill_(hidden, -torch.inf)
-        return self._masks[queries, keys, window]
 
 
 def supports_shared_prefix(model: nn.Module) -> bool:
@@ -416,140 +355,7 @@ def shared_prefix_attention(model: nn.Module) -> Iterator[None]:
     before = config._attn_implementation
     config._attn_implementation = SHARED_PREFIX
     try:
-        with _lean_layers(model):
+        with lean_layers(model):
             yield
     finally:
         config._attn_implementation = before
-
-
-@contextmanager
-def _lean_layers(model: nn.Module) -> Iterator[None]:
-    """Lets the layers keep less for backward, with the same results: see `_cast_for_autocast` and `_GatedDown`."""
-    layers: Any = model.base_model.layers  # type: ignore[union-attr]
-    # Norms whose output several linear layers read: query, key and value; gate and up.
-    norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
-    hooks = [norm.register_forward_hook(_cast_for_autocast) for norm in norms]
-    lean = [layer.mlp for layer in layers if _is_plain_gated_mlp(layer.mlp) and "forward" not in vars(layer.mlp)]
-    for mlp in lean:
-        mlp.forward = functools.partial(_gated_mlp, mlp)
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for mlp in lean:
-            del mlp.forward  # the class's own again
-
-
-def _cast_for_autocast(norm: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    """Under autocast each linear layer casts its input, and keeps its own copy for backward: here it is cast once for all.
-
-    The values are those that the layers would have made.
-    """
-    kind = output.device.type
-    return output.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else output
-
-
-def _is_plain_gated_mlp(mlp: Any) -> bool:
-    """Whether it is down(silu(gate(x)) * up(x)) with a linear layer `down` that nothing has wrapped, sharded or quantised."""
-    down: Any = getattr(mlp, "down_proj", None)
-    plain = type(down) is nn.Linear and down.bias is None and type(down.weight) is nn.Parameter
-    whole = plain and down.weight.numel() == down.in_features * down.out_features
-    return whole and mlp.config.hidden_act == "silu"
-
-
-def _gated_mlp(mlp: Any, x: Tensor) -> Tensor:
-    return _GatedDown.apply(mlp.gate_proj(x), mlp.up_proj(x), mlp.down_proj.weight)
-
-
-class _GatedDown(torch.autograd.Function):
-    """(silu(gate) * up) @ weight.T. Backward multiplies `gate` and `up` again: autograd would keep twice as much."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
-        """(..., inner), (..., inner), (size, inner) -> (..., size) in the type of `gate`."""
-        ctx.save_for_backward(gate, up, weight)
-        return F.linear(F.silu(gate) * up, weight.to(gate.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        gate, up, weight = ctx.saved_tensors
-        d_product, active = gradients[0] @ weight.to(gate.dtype), F.silu(gate)
-        d_gate = torch.ops.aten.silu_backward(d_product * up, gate)
-        d_weight = None
-        if ctx.needs_input_grad[2]:
-            product = (active * up).flatten(0, -2)
-            d_weight = (gradients[0].flatten(0, -2).t() @ product).to(weight.dtype)
-        return d_gate, d_product.mul_(active), d_weight
-
-
-def _attend_pairs(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    pair_layout: PairLayout,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention over packed pairs, as transformers' attention interface wants it.
-
-    Args:
-        query: (1, heads, tokens, size); key and value: (1, key-value heads, tokens, size).
-
-    Returns:
-        (1, tokens, heads, size).
-    """
-    if query.device.type == "cuda":
-        mask = pair_layout.block_mask(sliding_window, query.device)
-        mixed = _compiled_flex_attention()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True)
-        return mixed.transpose(1, 2), None
-    parts = []
-    for span in pair_layout.spans:
-        prefix = slice(span.start, span.start + span.prefix)
-        before = key[:, :, prefix], value[:, :, prefix]
-        parts.append(_attend(query[:, :, prefix], *before, scaling, pair_layout, sliding_window))
-        low = prefix.stop
-        for length in (span.chosen, span.rejected):
-            branch = slice(low, low + length)
-            if length:
-                keys = torch.cat([before[0], key[:, :, branch]], dim=2)
-                values = torch.cat([before[1], value[:, :, branch]], dim=2)
-                parts.append(_attend(query[:, :, branch], keys, values, scaling, pair_layout, sliding_window))
-            low = branch.stop
-    return torch.cat(parts, dim=1), None
-
-
-@functools.cache
-def _compiled_flex_attention() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=True)
-
-
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, layout: PairLayout, window: int | None
-) -> Tensor:
-    """Causal attention of the last queries over all keys, within the window of the model if it has one.
-
-    Query heads that share a key-value head go to the kernel as heads of one batch row, over which keys and values are
-    expanded without a copy.
-
-    Returns:
-        (1, queries, heads, size).
-    """
-    kv_heads, keys, queries = key.shape[1], key.shape[2], query.shape[2]
-    window = None if window is None or window >= keys else window
-    whole = queries == keys and window is None
-    mixed = F.scaled_dot_product_attention(
-        query[0].unflatten(0, (kv_heads, -1)),  # (key-value heads, queries per key-value head, tokens, size)
-        key[0].unsqueeze(1).expand(-1, query.shape[1] // kv_heads, -1, -1),
-        value[0].unsqueeze(1).expand(-1, query.shape[1] // kv_heads, -1, -1),
-        attn_mask=None if whole else layout.mask(queries, keys, window, query),
-        is_causal=whole,
-        scale=scaling,
-    )
-    return mixed.flatten(0, 1).transpose(0, 1).unsqueeze(0)
-
-
-AttentionInterface.register(SHARED_PREFIX, _attend_pairs)

@@ -6,13 +6,11 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from components.sapo import pair_forward
+from components.sapo import lean_layers, pair_attention, pair_forward
 from components.sapo.losses import dpo_loss, orpo_loss
+from components.sapo.pair_attention import PairLayout, Span, attend_pairs
 from components.sapo.pair_forward import (
     PairIds,
-    PairLayout,
-    Span,
-    _attend_pairs,
     collate,
     response_logps,
     sequence_nll,
@@ -140,7 +138,7 @@ def test_layers_are_lean_while_pairs_are_packed(family):
     batch = collate(PAIRS, pad_id=0, share=True)
     kept = {"lean": _bytes_kept(model, batch)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pair_forward, "_is_plain_gated_mlp", lambda mlp: False)
+        patch.setattr(lean_layers, "_is_plain", lambda *of: False)
         kept["plain"] = _bytes_kept(model, batch)
     assert kept["lean"] < 0.8 * kept["plain"]
     assert all("forward" not in vars(layer.mlp) for layer in model.model.layers)
@@ -227,6 +225,26 @@ def test_from_divergence_margins_are_those_of_whole_responses(share):
     torch.testing.assert_close(chosen - rejected, chosen_rest - rejected_rest, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("queries", [1, 2, 128])
+@pytest.mark.parametrize("window", [None, 3])
+def test_blocks_of_queries_see_what_a_mask_shows(monkeypatch, window, queries):
+    """Results and gradients of attention in blocks, whatever their size, are those of one product under the whole mask."""
+    monkeypatch.setattr(pair_attention, "QUERIES", queries)
+    batch = collate(PAIRS, pad_id=0, share=True)
+    layout = PairLayout(batch.spans)
+    tokens = torch.arange(batch.model_inputs["input_ids"].shape[1])
+    visible = layout.visible(window, torch.device("cpu"))(None, None, tokens.unsqueeze(1), tokens)
+    torch.manual_seed(0)
+    parts = [torch.randn(1, heads, len(tokens), 16, requires_grad=True) for heads in (4, 2, 2)]
+    ours, _ = attend_pairs(None, *parts, None, 0.25, layout, window)
+    plain = F.scaled_dot_product_attention(*parts, attn_mask=visible, scale=0.25, enable_gqa=True).transpose(1, 2)
+    torch.testing.assert_close(ours, plain)
+    weights = torch.randn_like(plain)
+    mine, theirs = (torch.autograd.grad((weights * result).sum(), parts) for result in (ours, plain))
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("window", [None, 3])
 def test_flex_attention_sees_what_attention_per_pair_sees(window):
     """The block mask that CUDA uses, under FlexAttention's own CPU arithmetic."""
@@ -235,7 +253,7 @@ def test_flex_attention_sees_what_attention_per_pair_sees(window):
     tokens = batch.model_inputs["input_ids"].shape[1]
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, heads, tokens, 16) for heads in (4, 2, 2))
-    ours, _ = _attend_pairs(None, query, key, value, None, 0.25, layout, window)
+    ours, _ = attend_pairs(None, query, key, value, None, 0.25, layout, window)
     mask = layout.block_mask(window, torch.device("cpu"))
     flex = flex_attention(query, key, value, block_mask=mask, scale=0.25, enable_gqa=True)
     torch.testing.assert_close(flex.transpose(1, 2), ours)
