@@ -6,14 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, TopPLogitsWarper
 
 from components.common.samplers import Canary, SamplingSettings
 
@@ -82,17 +75,8 @@ class HFSampler:
         return output[:, longest:].tolist()
 
     def _processors(self, max_new_tokens: int, seeds: list[int]) -> LogitsProcessorList:
-        settings, processors = self.settings, LogitsProcessorList()
-        if settings.temperature == 0:
-            return processors
-        if settings.temperature != 1:
-            processors.append(TemperatureLogitsWarper(settings.temperature))
-        if settings.top_k:
-            processors.append(TopKLogitsWarper(settings.top_k))
-        if settings.top_p < 1:
-            processors.append(TopPLogitsWarper(settings.top_p))
-        processors.append(_SeededDraw(seeds, max_new_tokens))
-        return processors
+        greedy = self.settings.temperature == 0
+        return LogitsProcessorList([] if greedy else [_SeededDraw(self.settings, seeds, max_new_tokens)])
 
     def _cut(self, tokens: list[int], limit: int) -> list[int]:
         """At most `limit` tokens, ending with the first stop token; what follows it is padding."""
@@ -104,20 +88,32 @@ class HFSampler:
 class _SeededDraw(LogitsProcessor):
     """Draws each row's token with that row's own random numbers, so that no row's draw depends on its neighbours.
 
+    The filters are those of transformers' generate, but what follows top-k works on the k tokens that are left: sorting the
+    whole vocabulary for every token takes ten times as long.
+
     Args:
+        settings: the filters.
         seeds: one for each row.
         steps: most tokens to draw.
     """
 
-    def __init__(self, seeds: list[int], steps: int) -> None:
+    def __init__(self, settings: SamplingSettings, seeds: list[int], steps: int) -> None:
+        self.settings = settings
         # (steps, rows), in [0, 1): one number a token, for inverting the cumulative distribution.
         self.uniforms = torch.from_numpy(np.stack([np.random.default_rng(s).random(steps) for s in seeds], axis=1))
         self.step = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """(rows, vocab) -> the same with 0 at the drawn tokens and -inf elsewhere."""
-        cumulative = scores.double().softmax(dim=-1).cumsum(dim=-1)
+        kept, tokens = scores / self.settings.temperature, None
+        if self.settings.top_k:
+            tokens = kept.topk(min(self.settings.top_k, scores.shape[1])).indices.sort(dim=-1).values
+            kept = kept.gather(1, tokens)
+        if self.settings.top_p < 1:
+            kept = TopPLogitsWarper(self.settings.top_p)(input_ids, kept)
+        cumulative = kept.double().softmax(dim=-1).cumsum(dim=-1)
         target = self.uniforms[self.step].to(scores.device).unsqueeze(1) * cumulative[:, -1:]
-        drawn = torch.searchsorted(cumulative, target, right=True).clamp(max=scores.shape[1] - 1)
+        drawn = torch.searchsorted(cumulative, target, right=True).clamp(max=kept.shape[1] - 1)
         self.step += 1
+        drawn = drawn if tokens is None else tokens.gather(1, drawn)
         return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from components.common.models import load_model
 from components.common.samplers import SamplingSettings, request_seed
@@ -48,14 +49,29 @@ def test_a_draw_does_not_depend_on_the_batch(model):
 
 
 def test_draws_follow_the_filtered_distribution():
-    """2,000 draws of p = (1/2, 1/4, 1/8, 1/8) at temperature 1 with top_k 3: (4/7, 2/7, 1/7), each within 4 sigma."""
-    scores = torch.tensor([0.5, 0.25, 0.125, 0.125]).log().repeat(2000, 1)
-    scores[:, 3] = -torch.inf
-    drawn = _SeededDraw(list(range(2000)), steps=1)(torch.zeros(2000, 1), scores).argmax(dim=1)
+    """2,000 draws of p = (1/2, 1/4, 1/8, 1/16) at temperature 1 with top_k 3: (4/7, 2/7, 1/7), each within 4 sigma."""
+    scores = torch.tensor([0.5, 0.25, 0.125, 0.0625]).log().repeat(2000, 1)
+    settings = SamplingSettings(1.0, 3, 1.0, frozenset())
+    drawn = _SeededDraw(settings, list(range(2000)), steps=1)(torch.zeros(2000, 1), scores).argmax(dim=1)
     shares = drawn.bincount(minlength=4) / 2000
     expected = torch.tensor([4 / 7, 2 / 7, 1 / 7, 0])
     assert (shares - expected).abs().max() < 4 * 0.011
     assert shares[3] == 0
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+@pytest.mark.parametrize("top_k", [0, 5, 500])
+def test_filters_are_those_of_generate(top_k, top_p):
+    """The same draws as from the whole vocabulary after transformers' own filters."""
+    torch.manual_seed(0)
+    scores, seeds = 3 * torch.randn(64, 100), list(range(64))
+    filtered = TemperatureLogitsWarper(0.7)(None, scores)
+    filtered = TopKLogitsWarper(top_k)(None, filtered) if top_k else filtered
+    filtered = TopPLogitsWarper(top_p)(None, filtered) if top_p < 1 else filtered
+    unfiltered = SamplingSettings(1.0, 0, 1.0, frozenset())
+    expected = _SeededDraw(unfiltered, seeds, 1)(None, filtered)
+    ours = _SeededDraw(SamplingSettings(0.7, top_k, top_p, frozenset()), seeds, 1)(None, scores)
+    assert torch.equal(ours, expected)
 
 
 def test_request_seeds_differ_by_every_part():
