@@ -1,11 +1,14 @@
 """The Hugging Face sampler: limits, stops, order, reproducibility."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from torch.nn import functional as F  # noqa: N812
+from transformers import AutoConfig, AutoModelForCausalLM, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from components.common.models import load_model
-from components.common.samplers import SamplingSettings, request_seed
+from components.common.samplers import SamplingSettings, hf, request_seed
 from components.common.samplers.hf import HFSampler, _SeededDraw
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12], [5, 6, 7, 8, 9, 10, 11, 12, 13]]
@@ -72,6 +75,24 @@ def test_filters_are_those_of_generate(top_k, top_p):
     expected = _SeededDraw(unfiltered, seeds, 1)(None, filtered)
     ours = _SeededDraw(SamplingSettings(0.7, top_k, top_p, frozenset()), seeds, 1)(None, scores)
     assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+def test_attention_by_groups_generates_what_transformers_does(family, monkeypatch):
+    """Three query heads to a key-value head, prompts of several lengths, continuations beyond the sliding window."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 48, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+    more = {"sliding_window": 4} if family == "mistral" else {}
+    config = AutoConfig.for_model(family, num_attention_heads=6, num_key_value_heads=2, **sizes, **more)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    calls = []
+    attend = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: (calls.append(a), attend(*a, **k))[1])
+    ours = sampler(model).generate(PROMPTS, [12] * 3, SEEDS)
+    assert any(query.shape[1:3] == (2, 3) for query, *_ in calls)  # queries of a step, grouped
+    assert model.config._attn_implementation == "sdpa"
+    monkeypatch.setattr(hf, "_grouped_attention", lambda model: nullcontext())
+    assert ours == sampler(model).generate(PROMPTS, [12] * 3, SEEDS)
 
 
 def test_request_seeds_differ_by_every_part():
