@@ -54,16 +54,16 @@ def learner_step(quick: bool) -> list[Result]:
 
 
 def growth(quick: bool) -> list[Result]:
-    """The DPO step of a six-layer model as one size grows at a time."""
+    """The DPO step of a four-layer model as one size grows at a time."""
     results = []
-    sizes = [(Shape(prompt=(p, p), response=(200, 200), segment=(96, 96)), 49152) for p in (50, 400, 1600)]
+    sizes = [(Shape(prompt=(p, p), response=(200, 200), segment=(96, 96)), 49152) for p in (100, 800)]
     sizes += [(Shape(prompt=(300, 300), response=(r, r), segment=(r // 2, r // 2)), 49152) for r in (64, 512)]
-    sizes += [(Shape(pairs=n, prompt=(300, 300), response=(200, 200), segment=(96, 96)), 49152) for n in (1, 6)]
+    sizes += [(Shape(pairs=n, prompt=(300, 300), response=(200, 200), segment=(96, 96)), 49152) for n in (1, 4)]
     sizes += [(Shape(prompt=(300, 300), response=(200, 200), segment=(96, 96)), v) for v in (8192, 131072)]
-    for shape, vocabulary in sizes[:2] if quick else sizes:
-        arguments = (shape, torch.float32, 2 if quick else 6, vocabulary)
+    for shape, vocabulary in sizes[:1] if quick else sizes:
+        arguments = (shape, torch.float32, 2 if quick else 4, vocabulary)
         sides = [Side(prepared, (make, *arguments), make is our_dpo) for make in (trl_dpo, our_dpo)]
-        theirs, ours = compare_apart(sides, 1 if quick else 3)
+        theirs, ours = compare_apart(sides, 1)
         setting = f"{shape}, vocabulary {vocabulary:,}"
         results += [
             speed("growth: DPO step", setting, "TRL DPOTrainer", theirs, ours),

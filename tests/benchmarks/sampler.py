@@ -56,9 +56,10 @@ def main(quick: bool) -> list[Result]:
             vllm = VLLMSampler(directory, SETTINGS, max_model_len=512, dtype=dtype_name(dtype))
             results += [*generation(model, vllm, shapes, quick), *push(model, vllm, quick)]
             vllm.close()
-    with tempfile.TemporaryDirectory() as directory:
-        save(smollm2_shape(layers=3 if quick else 8), directory)
-        results += overlap(directory, quick)
+    if not quick:  # every run of it starts an engine
+        with tempfile.TemporaryDirectory() as directory:
+            save(smollm2_shape(layers=8), directory)
+            results += overlap(directory)
     return results
 
 
@@ -95,7 +96,7 @@ def push(model: LlamaForCausalLM, vllm: Any, quick: bool) -> list[Result]:
     return [speed("vLLM weight push", setting, "a copy of the weights", memcpy, ours)]
 
 
-def overlap(directory: str, quick: bool) -> list[Result]:
+def overlap(directory: str) -> list[Result]:
     """Steps of SAPOTrainer with vLLM: sampling before each step against sampling beside it."""
     from components.sapo.config import SAPOConfig
     from components.sapo.trainer import SAPOTrainer
@@ -112,10 +113,10 @@ def overlap(directory: str, quick: bool) -> list[Result]:
     options = {"loss_type": "dpo", "segment_length": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "max_length": 512}
     options |= {"sampler": "vllm", "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no"}
     options |= {"per_device_train_batch_size": 2, "responses_per_prompt": 4, "disable_tqdm": True, "logging_steps": 1}
-    options |= {"max_steps": 3 if quick else 6}
+    options |= {"max_steps": 6}
     taken: dict[str, list[float]] = {"sync": [], "overlap": []}
     share = 0.0
-    for _ in range(1 if quick else 2):
+    for _ in range(2):
         for schedule, seconds in taken.items():
             args = SAPOConfig(output_dir=f"{directory}/{schedule}", schedule=schedule, **options)
             trainer = SAPOTrainer(directory, args, rows)
