@@ -24,7 +24,7 @@ def lean_layers(model: Any) -> Iterator[None]:
         lean += [(norm, _norm) for norm in norms if _is_plain_norm(norm, model.config.hidden_size)]
         lean += [(layer.mlp, _gated_mlp)] if _is_plain_gated_mlp(layer.mlp) else []
     for module, forward in lean:
-        module.forward = functools.partial(forward, module)  # type: ignore[method-assign]
+        module.forward = functools.partial(forward, module)
     try:
         yield
     finally:
