@@ -95,6 +95,8 @@ class VLLMSampler:
             del options["gpu_memory_utilization"]  # on the CPU VLLM_CPU_KVCACHE_SPACE says it in GiB
             # A prompt that is computed in parts would draw once too often from its seed, which vLLM can take back on CUDA only.
             options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_model_len, PREFILL_TOKENS)}
+        if _several_processes():
+            options["distributed_executor_backend"] = "external_launcher"  # one engine in each process of the launch
         try:
             self._worker.call("start", lambda: self._start(options))
         except BaseException:
@@ -199,7 +201,25 @@ class VLLMSampler:
 
     def _shutdown(self) -> None:
         llm, self._llm = self._llm, None
-        llm.llm_engine.engine_core.shutdown()
+        with _kept_process_group():
+            llm.llm_engine.engine_core.shutdown()
+
+
+def _several_processes() -> bool:
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
+@contextmanager
+def _kept_process_group() -> Iterator[None]:
+    """Keeps the processes of a launch connected: an engine that is shut down takes down torch's default group as its own."""
+    destroy: Any = torch.distributed.destroy_process_group
+    if _several_processes():
+        kept: Any = lambda group=None: None if group is None else destroy(group)  # noqa: E731
+        torch.distributed.destroy_process_group = kept
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group = destroy
 
 
 def last_engine_cleans_up(client: Any) -> None:
