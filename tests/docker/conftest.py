@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from podman_images import SKIP, base_image, build, configuration, last_line, run
+from podman_images import LIMITED, SKIP, base_image, build, last_line, run
 
 
 @pytest.fixture(scope="session")
@@ -15,14 +15,15 @@ def podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     if SKIP:
         pytest.skip(SKIP)
     with pytest.MonkeyPatch.context() as patch:
-        if "CONTAINERS_CONF" not in os.environ:
-            file = tmp_path_factory.mktemp("podman") / "containers.conf"
-            file.write_text(configuration())
-            patch.setenv("CONTAINERS_CONF", str(file))
         patch.setenv("BASE_IMAGE", os.environ.get("BASE_IMAGE") or base_image())
-        probe = run("podman", "run", "--rm", "--network", "none", os.environ["BASE_IMAGE"], "true")
-        if probe.returncode != 0:
-            pytest.skip(f"Podman runs no container here: {last_line(probe.stderr)}")
+        probe = ["podman", "run", "--rm", "--network", "none", os.environ["BASE_IMAGE"], "true"]
+        if run(*probe).returncode != 0:
+            limited = tmp_path_factory.mktemp("podman") / "containers.conf"
+            limited.write_text(LIMITED)
+            patch.setenv("CONTAINERS_CONF", os.environ.get("CONTAINERS_CONF", str(limited)))
+        done = run(*probe)
+        if done.returncode != 0:
+            pytest.skip(f"Podman runs no container here: {last_line(done.stderr)}")
         yield
 
 

@@ -3,7 +3,6 @@
 import ast
 import importlib.metadata
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 STAGES = ("data", "report", "model", "sft", "sapo", "train", "evaluation")
 OWN_BASE, PUBLIC_BASE = "localhost/debian-python", "docker.io/library/python:3.11-slim"
+# A containers.conf for Podman inside a container, where it must not raise the limits of processes.
+LIMITED = '[containers]\ndefault_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]\n'
 PIP_SETTINGS = ("cert", "extra-index-url", "find-links", "index-url", "proxy")
 
 if not shutil.which("podman"):
@@ -27,13 +28,6 @@ else:
 def run(*argv: str | Path, **changed: str) -> "subprocess.CompletedProcess[str]":
     """Runs a command in the repository, with these changes of the environment."""
     return subprocess.run(argv, cwd=ROOT, env=os.environ | changed, capture_output=True, text=True)
-
-
-def configuration() -> str:
-    """A containers.conf with the limits of this process: inside a container no limit may be raised."""
-    limits = {name: resource.getrlimit(getattr(resource, f"RLIMIT_{name.upper()}")) for name in ("nofile", "nproc")}
-    texts = ", ".join(f'"{name}={soft}:{hard}"' for name, (soft, hard) in limits.items())
-    return f"[containers]\ndefault_ulimits = [{texts}]\n"
 
 
 def base_image() -> str:
