@@ -27,7 +27,7 @@ else:
 
 def run(*argv: str | Path, **changed: str) -> "subprocess.CompletedProcess[str]":
     """Runs a command in the repository, with these changes of the environment."""
-    return subprocess.run(argv, cwd=ROOT, env=os.environ | changed, capture_output=True, text=True)
+    return subprocess.run(argv, cwd=ROOT, env=os.environ | changed, capture_output=True, text=True, timeout=1800)
 
 
 def base_image() -> str:
