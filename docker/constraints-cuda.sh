@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
 
 resolve() {
-  local extras=(data model report sft dpo orpo sapo spin evaluation vllm)
+  local extras=(data model report sft dpo orpo sapo spin deepspeed evaluation vllm)
   uv pip compile pyproject.toml "${extras[@]/#/--extra=}" --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
     --no-annotate --no-header --no-config --quiet "$@"
 }
@@ -20,9 +20,12 @@ pins() { grep -v '^#' docker/constraints-cuda.txt; }
 case "${1:-}" in
   "")
     # vLLM sets two versions apart: numpy (numba needs <2.4) and apache-tvm-ffi (vLLM pins it).
-    resolved=$(resolve --constraint <(grep -vE '^(numpy|apache-tvm-ffi)==' docker/constraints.txt))
-    header=$(grep '^#' docker/constraints-cuda.txt)
-    printf '%s\n%s\n' "$header" "$resolved" >docker/constraints-cuda.txt
+    shared=$(mktemp) made=$(mktemp)
+    grep -vE '^(numpy|apache-tvm-ffi)==' docker/constraints.txt >"$shared"
+    pins >"$made" # uv keeps what an output has
+    resolve --constraint "$shared" --output-file "$made" >/dev/null
+    { grep '^#' docker/constraints-cuda.txt && cat "$made"; } >"$shared"
+    cp "$shared" docker/constraints-cuda.txt && rm "$shared" "$made"
     ;;
   --check)
     resolved=$(resolve --constraint <(pins))
