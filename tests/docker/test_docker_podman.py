@@ -8,6 +8,7 @@ Environment: what docker/podman.sh reads (BASE_IMAGE, TORCH_INDEX), and Podman's
 what is not given.
 """
 
+import ast
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from podman_images import ROOT, SKIP, STAGES, run
 
 REGISTRY = "ghcr.io/sapo-pipelines"
 LOCKED = ["--rm", "--read-only", "--tmpfs", "/tmp:rw,exec,mode=1777", "--cap-drop", "all", "--no-healthcheck"]
+OPTIONAL = {"deepspeed", "vllm"}  # of the CUDA flavour
 STEPS = {"max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1, "eval_steps": 3, "eval_rows": 8}
 RUN = {
     "data_settings": {"max_rows": 400},
@@ -94,6 +96,27 @@ def test_stages_hand_their_artifacts_over_in_a_store(images: None, chat_data: Pa
     assert (again.returncode, "already done: s3://sapo/report is the complete output" in again.stderr) == (0, True)
     broken = stage("model --config tiny --data s3://sapo/none --output s3://sapo/other")
     assert (broken.returncode, "s3://sapo/none" in broken.stderr) == (2, True)
+
+
+def imported(stage: str) -> set[str]:
+    """What the code of a stage imports from outside, wherever it does so."""
+    names = set()
+    for path in (ROOT / "components" / stage).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names.add((node.module or "").partition(".")[0])
+    return names - sys.stdlib_module_names - OPTIONAL
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_image_holds_what_its_stages_import(images: None, stage: str) -> None:
+    stages = ("sapo", "dpo", "orpo", "spin", "sft") if stage == "train" else (stage,)
+    names = sorted(set().union(*map(imported, stages)))
+    code = f"import importlib.util as u; print([n for n in {names} if not u.find_spec(n)])"
+    inside = run("podman", "run", *LOCKED, "--entrypoint", "python3", f"{REGISTRY}/{stage}:0.1.0", "-c", code)
+    assert inside.stdout == "[]\n", inside.stderr
 
 
 @pytest.mark.parametrize("stage", STAGES)
