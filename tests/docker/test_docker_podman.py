@@ -1,24 +1,29 @@
-"""The images, built with Podman and run: minutes and gigabytes, so only with SAPO_TEST_PODMAN=1.
+"""The images, built with Podman and run. Minutes and gigabytes, so only with SAPO_TEST_PODMAN=1, which `.ci/run` sets.
 
-Environment: what docker/podman.sh reads (BASE_IMAGE, PIP_CONFIG, PODMAN_BUILD_ARGS, ...), and Podman's own CONTAINERS_CONF.
+CI runs everything but the last test: all images are built, a small comparison runs in them, single stages hand each other
+their artifacts through SeaweedFS, and each image is looked at. The last test runs the READMEs' lines with their full recipes,
+which takes minutes more: SAPO_TEST_PODMAN=all.
+
+Environment: what docker/podman.sh reads (BASE_IMAGE, TORCH_INDEX), and Podman's own CONTAINERS_CONF; podman_images.py finds out
+what is not given.
 """
 
+import ast
 import json
 import os
 import re
-import shutil
+import shlex
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from podman_images import ROOT, SKIP, STAGES, run
 
-ROOT = Path(__file__).parents[2]
 REGISTRY = "ghcr.io/sapo-pipelines"
-STAGES = ["data", "report", "model", "sft", "sapo", "train", "evaluation"]
+LOCKED = ["--rm", "--read-only", "--tmpfs", "/tmp:rw,exec,mode=1777", "--cap-drop", "all", "--no-healthcheck"]
+OPTIONAL = {"deepspeed", "vllm"}  # of the CUDA flavour
 STEPS = {"max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1, "eval_steps": 3, "eval_rows": 8}
 RUN = {
     "data_settings": {"max_rows": 400},
@@ -27,48 +32,14 @@ RUN = {
     "evaluation_settings": {"limit": 12},
     "methods": [{"name": "sapo-dpo", "stage": "sapo", "start": "sft", "recipe": "tiny-dpo", "settings": STEPS}],
 }
-
-if not shutil.which("podman"):
-    REASON = "Podman is not installed"
-elif os.environ.get("SAPO_TEST_PODMAN") != "1":
-    REASON = "builds images of gigabytes for minutes: set SAPO_TEST_PODMAN=1"
-else:
-    REASON = ""
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(REASON), reason=REASON)]
-
-
-def podman(*argv: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(["podman", *argv], capture_output=True, text=True)
-
-
-@pytest.fixture(scope="module")
-def images() -> None:
-    """All images, for the CPU."""
-    done = subprocess.run([ROOT / "docker" / "podman.sh", "build", *STAGES], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory, images: None) -> Iterator[str]:
-    """Podman's service; gives what DOCKER_HOST has to be."""
-    socket = tmp_path_factory.mktemp("podman") / "podman.sock"
-    service = subprocess.Popen(["podman", "system", "service", "--time", "0", f"unix://{socket}"])
-    deadline = time.monotonic() + 30
-    while not socket.exists():
-        assert time.monotonic() < deadline and service.poll() is None
-        time.sleep(0.1)
-    yield f"unix://{socket}"
-    service.terminate()
-    service.wait(timeout=30)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(SKIP), reason=SKIP)]
 
 
 def run_comparison(engine: str, directory: Path, **changed: object) -> "subprocess.CompletedProcess[str]":
     run_file = directory / "run.yaml"
     run_file.write_text(yaml.safe_dump(RUN | changed))
     command = [sys.executable, "-m", "pipelines", "run", "comparison", "--containers", "--run", str(run_file)]
-    command += ["--output", str(directory / "output")]
-    environment = os.environ | {"DOCKER_HOST": engine, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    return run(*command, "--output", directory / "output", DOCKER_HOST=engine)
 
 
 def reachable(path: Path) -> Path:
@@ -88,7 +59,8 @@ def test_a_comparison_runs_in_containers(engine: str, tmp_path: Path) -> None:
     results = json.loads((outputs / "evaluation-sapo-dpo" / "results" / "results.json").read_text())
     assert results["name"] == "sapo-dpo"
     assert "sapo-dpo" in (outputs / "comparison-report" / "report" / "report.md").read_text()
-    assert podman("ps", "--all", "--quiet", "--filter", f"label=sapo-pipelines.run={tmp_path / 'output'}").stdout == ""
+    left = run("podman", "ps", "--all", "--quiet", "--filter", f"label=sapo-pipelines.run={tmp_path / 'output'}")
+    assert left.stdout == ""
 
 
 def test_a_failing_container_fails_the_run(engine: str, tmp_path: Path) -> None:
@@ -98,16 +70,105 @@ def test_a_failing_container_fails_the_run(engine: str, tmp_path: Path) -> None:
     assert not (tmp_path / "output" / "outputs" / "sft").exists()
 
 
+def test_stages_hand_their_artifacts_over_in_a_store(images: None, chat_data: Path, tmp_path: Path) -> None:
+    """`docker/try-stage.sh`, stage by stage: every input and output is in SeaweedFS."""
+    rows = reachable(tmp_path) / "rows.jsonl"
+    rows.write_bytes((chat_data / "train.jsonl").read_bytes())
+    engine = {"ENGINE": "podman", "STORE": str(tmp_path / "store"), "OMP_NUM_THREADS": "1"}
+    engine["RUN_ARGS"] = f"--no-healthcheck --env OMP_NUM_THREADS --volume {rows}:/rows.jsonl:ro"
+
+    def stage(line: str, *more: str) -> "subprocess.CompletedProcess[str]":
+        return run(ROOT / "docker" / "try-stage.sh", *shlex.split(line), *more, **engine)
+
+    steps = [f"--{name}={value}" for name, value in STEPS.items()]
+    lines = {
+        "data --source /rows.jsonl --test_rows 16 --output s3://sapo/data": [],
+        "model --config tiny --data s3://sapo/data --output s3://sapo/model": [],
+        "sft --config tiny --data s3://sapo/data --model s3://sapo/model --output s3://sapo/sft": steps,
+        "sapo --config tiny-dpo --data s3://sapo/data --model s3://sapo/sft --output s3://sapo/sapo-dpo": steps,
+        "evaluation --config held-out-tiny --data s3://sapo/data --model s3://sapo/sapo-dpo --output s3://sapo/scores": [],
+        "report --evaluations '[s3://sapo/scores]' --trainings '[s3://sapo/sapo-dpo]' --output s3://sapo/report": [],
+    }
+    for line, more in lines.items():
+        done = stage(line, *more)
+        assert done.returncode == 0, line + done.stdout[-3000:] + done.stderr[-3000:]
+    again = stage(line)
+    assert (again.returncode, "already done: s3://sapo/report is the complete output" in again.stderr) == (0, True)
+    broken = stage("model --config tiny --data s3://sapo/none --output s3://sapo/other")
+    assert (broken.returncode, "s3://sapo/none" in broken.stderr) == (2, True)
+
+
+def imported(stage: str) -> set[str]:
+    """What the code of a stage imports from outside, wherever it does so."""
+    names = set()
+    for path in (ROOT / "components" / stage).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names.add((node.module or "").partition(".")[0])
+    return names - sys.stdlib_module_names - OPTIONAL
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_image_holds_what_its_stages_import(images: None, stage: str) -> None:
+    stages = ("sapo", "dpo", "orpo", "spin", "sft") if stage == "train" else (stage,)
+    names = sorted(set().union(*map(imported, stages)))
+    code = f"import importlib.util as u; print([n for n in {names} if not u.find_spec(n)])"
+    inside = run("podman", "run", *LOCKED, "--entrypoint", "python3", f"{REGISTRY}/{stage}:0.1.0", "-c", code)
+    assert inside.stdout == "[]\n", inside.stderr
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_image_helps_and_runs_as_no_root_on_a_read_only_root(images: None, stage: str) -> None:
     image = f"{REGISTRY}/{stage}:0.1.0"
-    flags = ["--rm", "--read-only", "--cap-drop", "all", "--network", "none", "--no-healthcheck"]
-    helped = podman("run", *flags, image, "--help")
+    helped = run("podman", "run", *LOCKED, "--network", "none", image, "--help")
     assert (helped.returncode, stage in helped.stdout) == (0, True), helped.stderr
-    code = "import os, shutil; print(os.getuid(), os.access('/opt', os.W_OK), shutil.which('gcc'), os.listdir('/tmp'))"
-    inside = podman("run", *flags, "--entrypoint", "python3", image, "-c", code)
-    assert inside.stdout.startswith("1000 False None ["), inside.stderr
-    shape = json.loads(podman("image", "inspect", image).stdout)[0]
+    code = "import os, shutil; print(os.getuid(), [os.access(p, os.W_OK) for p in ('/opt', '.', 'runs')], shutil.which('gcc'))"
+    mounted = ["--network", "none", "--tmpfs", "/work/runs:rw,mode=1777", "--entrypoint", "python3"]
+    inside = run("podman", "run", *LOCKED, *mounted, image, "-c", code)
+    assert inside.stdout == "1000 [False, False, True] None\n", inside.stderr
+    shape = json.loads(run("podman", "image", "inspect", image).stdout)[0]
     assert shape["User"] == "1000:1000"
     assert shape["Labels"]["org.opencontainers.image.title"] == stage
     assert shape["Healthcheck"]["Test"][0] == "CMD"
+
+
+def test_evaluation_has_the_data_of_ifeval_and_mt_bench(images: None) -> None:
+    code = (
+        "from components.evaluation.config import EvaluationConfig\n"
+        "from components.evaluation.ifeval_data import require_ifeval_data\n"
+        "from components.evaluation.mt_bench import load_data\n"
+        "require_ifeval_data('/none')\n"
+        "print(len(load_data(EvaluationConfig(model='m', output='o', benchmarks=['mt_bench'])).questions))\n"
+    )
+    image = f"{REGISTRY}/evaluation:0.1.0"
+    inside = run("podman", "run", *LOCKED, "--network", "none", "--entrypoint", "python3", image, "-c", code)
+    assert inside.stdout == "80\n", inside.stderr
+
+
+def readme_lines() -> dict[str, str]:
+    """Each component README's `docker run` line by output, in the order in which they can be run."""
+    order = ("data", "model", "sft", "sapo", "dpo", "orpo", "spin", "evaluation", "report")
+    found = {}
+    for name in order:
+        text = (ROOT / "components" / name / "README.md").read_text(encoding="utf-8")
+        [line] = re.findall(r"^docker run .*$", text, re.M)
+        found[line.rpartition(" ")[2]] = line
+    return found
+
+
+@pytest.mark.skipif(os.environ.get("SAPO_TEST_PODMAN") != "all", reason="minutes more: set SAPO_TEST_PODMAN=all")
+def test_the_lines_of_the_readmes_run(images: None, tmp_path: Path) -> None:
+    user = os.getuid() or 1000  # as root, too, the lines are run by another
+    locked = " ".join(LOCKED)
+    for name in ("PIP_CERT", "PIP_INDEX_URL"):  # the data come from PyPI
+        if value := os.environ.get(name):
+            locked += f" --env {name}" + (f" --volume {value}:{value}:ro" if value.startswith("/") else "")
+    (tmp_path / "runs").mkdir()
+    os.chown(tmp_path / "runs", user, -1)
+    for output, line in readme_lines().items():
+        command = line.replace("docker run --rm", f"podman run {locked}").replace("$(id -u)", str(user))
+        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, command + done.stdout[-3000:] + done.stderr[-3000:]
+        assert (tmp_path / output).stat().st_uid == user

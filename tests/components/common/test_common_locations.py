@@ -30,23 +30,36 @@ def test_hub_names():
         locations.split_hub("hf://name")
 
 
+def toy_wheel(command):
+    """What `pip download` leaves."""
+    wheel = locations.Path(command[command.index("--dest") + 1]) / "toy_package-1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("toy_package/__init__.py", "raise SystemExit('executed')")
+        archive.writestr("toy_package/data.json", "{}")
+    return type("Result", (), {"returncode": 0, "stderr": ""})
+
+
 def test_package_comes_from_a_wheel_and_is_not_executed(tmp_path, monkeypatch):
     monkeypatch.setenv("SAPO_CACHE", str(tmp_path / "cache"))
-
-    def fake_pip(command, **_):
-        wheel = locations.Path(command[command.index("--dest") + 1]) / "toy_package-1-py3-none-any.whl"
-        with zipfile.ZipFile(wheel, "w") as archive:
-            archive.writestr("toy_package/__init__.py", "raise SystemExit('executed')")
-            archive.writestr("toy_package/data.json", "{}")
-        calls.append(command)
-        return type("Result", (), {"returncode": 0, "stderr": ""})
-
     calls: list = []
-    monkeypatch.setattr(locations.subprocess, "run", fake_pip)
+    monkeypatch.setattr(locations.subprocess, "run", lambda command, **_: calls.append(command) or toy_wheel(command))
     for _ in range(2):
         assert (locations.package_directory("pypi://toy-package") / "data.json").read_text() == "{}"
     assert len(calls) == 1  # the second time it is in the cache
     assert "--no-deps" in calls[0]
+
+
+def test_a_package_that_two_processes_fetch_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAPO_CACHE", str(tmp_path))
+
+    def slow_pip(command, **_):
+        monkeypatch.setattr(locations.subprocess, "run", lambda command, **_: toy_wheel(command))
+        locations.package_directory("pypi://toy-package")  # the other process, which is faster
+        return toy_wheel(command)
+
+    monkeypatch.setattr(locations.subprocess, "run", slow_pip)
+    assert (locations.package_directory("pypi://toy-package") / "data.json").read_text() == "{}"
+    assert [path.name for path in (tmp_path / "pypi").iterdir()] == ["toy-package"]
 
 
 def test_package_that_pip_cannot_find(tmp_path, monkeypatch):
