@@ -7,6 +7,7 @@ What `parallelism` means is one file of `accelerate/` each, which `accelerate la
 has chosen DeepSpeed or FSDP by itself is left alone.
 """
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -136,7 +137,8 @@ def join_on_cpu() -> bool:
         os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed
 
-        deepspeed.comm.torch.build_shm_op = lambda: None  # kernels that a compiler would be busy with for a minute
+        backend = importlib.import_module("deepspeed.comm.torch")  # the attribute of that name is torch itself
+        backend.build_shm_op = lambda: None  # kernels that a compiler would be busy with for a minute
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
         PartialState(backend="gloo")
         return True

@@ -36,7 +36,7 @@ INPUTS = ("data", "model", "source", "test_source", "evaluations", "trainings")
 # Settings that do not change the result, by prefix.
 FREE = (
     *(*DIRECTORIES, *FILES, "overwrite", "dry_run", "executor_input", "resume", "keep_", "start"),
-    *("num_processes", "parallelism"),
+    *("num_processes", "parallelism", "gpu_memory"),
     *("mirror_", "grace_seconds", "lease_seconds", "save_", "logging_", "log_", "report_to", "disable_", "dataloader_"),
 )
 # The file that a stage writes last into a checkpoint.
