@@ -137,7 +137,7 @@ def join_on_cpu() -> bool:
         os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed
 
-        backend = importlib.import_module("deepspeed.comm.torch")  # the attribute of that name is torch itself
+        backend: Any = importlib.import_module("deepspeed.comm.torch")  # the attribute of that name is torch itself
         backend.build_shm_op = lambda: None  # kernels that a compiler would be busy with for a minute
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
         PartialState(backend="gloo")

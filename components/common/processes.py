@@ -28,9 +28,10 @@ def process_index() -> int:
     return PartialState().process_index
 
 
-def in_first(action: Callable[[], Item]) -> Item:
+def in_first(action: Callable[..., Item], *arguments: Any) -> Item:
     """Runs an action in the first process, while the others wait; all get what it gives."""
-    return of_all([action()] if is_first() else [None])[0]  # type: ignore[list-item, return-value]
+    mine: list[Any] = [action(*arguments) if is_first() else None]
+    return of_all(mine)[0]
 
 
 def of_all(items: list[Item]) -> list[Item]:

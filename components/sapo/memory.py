@@ -86,7 +86,7 @@ def architecture(model_config: Any) -> Architecture:
     return Architecture(
         parameters=model.num_parameters(),
         layer=sum(p.numel() for p in layers[0].parameters()),
-        head=model.get_output_embeddings().weight.numel(),  # type: ignore[union-attr, operator]
+        head=model.get_output_embeddings().weight.numel(),
         largest=max(p.numel() for p in model.parameters()),
         layers=len(layers),
         hidden=text.hidden_size,

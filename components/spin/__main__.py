@@ -82,7 +82,7 @@ def _files(stage: Any, settings: Any, train: Any, held_out: Any) -> Any:
     check_output(stage.output, stage.overwrite or leftovers)
     if not stage.dry_run:
         prepare_output_once(stage.output, overwrite=True)
-        in_first(lambda: _begin(files, {**mine, "versions": library_versions()}))
+        in_first(_begin, files, {**mine, "versions": library_versions()})
     return files
 
 
@@ -128,7 +128,7 @@ def _run(stage: Any, settings: Any, tokenizer: Any, train: Any, held_out: Any, f
         sys.exit(TERMINATED)
     finally:
         signal.signal(signal.SIGTERM, before)
-    in_first(lambda: _write(stage, settings, run))
+    in_first(_write, stage, settings, run)
     leave()
 
 

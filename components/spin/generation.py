@@ -50,13 +50,13 @@ def generate(
     """
     count, mine = process_count(), process_index()
     order, size = generation_order(rows), settings.sampler_batch_size * count
-    done = in_first(lambda: _keep_whole_batches(path, len(rows), size))
+    done = in_first(_keep_whole_batches, path, len(rows), size)
     bar = progress(total=len(rows), initial=done, desc=description, unit="responses", disable=mine > 0)
     for low in range(done, len(rows), size):
         batch = [rows[i] for i in order[low : low + size]]
         responses = _responses(sampler, batch[mine::count], iteration, settings) if len(batch) > mine else []
         found = dict(of_all([*zip(range(mine, len(batch), count), responses, strict=True)]))
-        in_first(lambda batch=batch, found=found: _append(path, [(row["id"], found[i]) for i, row in enumerate(batch)]))
+        in_first(_append, path, [(row["id"], found[i]) for i, row in enumerate(batch)])
         bar.update(len(batch))
         after_batch()
     bar.close()

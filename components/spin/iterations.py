@@ -85,7 +85,7 @@ class SPINRun:
             StoppedError: `stop_requested` was set; the same run goes on from there.
         """
         for iteration in schedule(self.settings):
-            if in_first(lambda i=iteration.index: self.files.result(i)) is None:
+            if in_first(self.files.result, iteration.index) is None:
                 self.files.iteration(iteration.index).mkdir(parents=True, exist_ok=True)
                 self.generate(iteration)
                 self.train(iteration)
@@ -115,7 +115,7 @@ class SPINRun:
                         generation.generate(sampler, rows, path, index, self.settings, self.after_batch, label)
             del sampler
             _free_memory()
-        in_first(lambda: results.write_pairs(self, index))
+        in_first(results.write_pairs, self, index)
 
     def after_batch(self) -> None:
         """A batch of responses is on disk."""
@@ -141,7 +141,7 @@ class SPINRun:
         summary["tokens/trained"] = sum(of_all([trainer.tokens_trained]))
         history = trainer.state.log_history
         result = {"steps": trainer.state.global_step, "history": history, "summary": summary}
-        in_first(lambda: self.files.finish_iteration(index, result))
+        in_first(self.files.finish_iteration, index, result)
         logger.info(
             "iteration %d: %d steps; %d of %d generated responses were equal to the chosen ones",
             *(index, trainer.state.global_step, generated["generated/identical"], len(self.train_rows)),
@@ -150,7 +150,7 @@ class SPINRun:
     def _trained(self, iteration: Iteration) -> tuple[Any, dict[str, float]]:
         trainer = self.make_trainer(iteration)
         trainer.add_callback(_Interruptible(self, trainer, iteration))
-        checkpoint = in_first(lambda: newest_checkpoint(self.files.checkpoints(iteration.index)))
+        checkpoint = in_first(newest_checkpoint, self.files.checkpoints(iteration.index))
         if checkpoint:
             logger.info("iteration %d: resumes from %s", iteration.index, checkpoint[0])
             trainer.tokens_trained = checkpoint[1] if is_first() else 0  # of all processes
@@ -178,9 +178,10 @@ class SPINRun:
         """The trained model, in one move: a directory of that name is always whole."""
         model = self.files.model(index)
         unfinished = model.with_name("model.unfinished")
-        in_first(lambda: [shutil.rmtree(left, ignore_errors=True) for left in (model, unfinished)])
+        for left in (model, unfinished):
+            in_first(shutil.rmtree, left, True)  # whether it is there or not
         save_model_once(trainer, unfinished)
-        in_first(lambda: unfinished.rename(model))
+        in_first(unfinished.rename, model)
 
     def told_to_stop(self) -> bool:
         """Whether any process was."""
@@ -222,5 +223,5 @@ class _Interruptible(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         directory = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         tokens = sum(of_all([self.trainer.tokens_trained]))
-        in_first(lambda: mark_checkpoint(directory, tokens))
+        in_first(mark_checkpoint, directory, tokens)
         self.run.clock.save()

@@ -1,8 +1,10 @@
 """A stage in several processes: what they are told, what is checked first, and that they train as one does."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from safetensors.torch import load_file
 
 from components.common import launch
 from components.common.conversations import write_rows
-from components.common.errors import UserError
+from components.common.errors import TERMINATED, UserError
 from tests.conftest import chat_rows
 
 # Of float32 sums in another order, after Adam's steps of 1e-3.
@@ -40,10 +42,14 @@ def paired_data(tmp_path_factory):
     return directory
 
 
-def run(stage, data, model, output, **settings):
+def command(stage, data, model, output, **settings):
     flags = {"data": data, "model": model, "output": output} | COMMON | settings
     argv = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-    result = subprocess.run([sys.executable, "-m", f"components.{stage}", *argv], capture_output=True, text=True)
+    return [sys.executable, "-m", f"components.{stage}", *argv]
+
+
+def run(stage, data, model, output, **settings):
+    result = subprocess.run(command(stage, data, model, output, **settings), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return load_file(output / "model.safetensors"), result.stderr
 
@@ -62,6 +68,36 @@ def test_two_processes_train_as_one_does(stage, parallelism, paired_data, micro_
     for name, weights in alone.items():
         torch.testing.assert_close(together[name], weights, rtol=0, atol=TOLERANCE)
     assert log.count(" wrote ") == 1  # one process speaks
+
+
+@pytest.mark.slow
+def test_sigterm_saves_in_all_processes_and_the_same_command_goes_on(paired_data, micro_model, tmp_path):
+    settings = {"num_processes": 2, "max_steps": 60, "per_device_train_batch_size": 4, "save_strategy": "steps"}
+    line = command("dpo", paired_data, micro_model, tmp_path / "out", **settings, save_steps=1000)
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for text in process.stderr:
+        if "0/60 steps" in text:
+            break
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    rest = process.stderr.read()
+    assert process.wait(60) == TERMINATED, rest
+    assert rest.count("and saved; the same command goes on from there") == 1
+    (checkpoint,) = (tmp_path / "out" / "checkpoints").glob("checkpoint-*")
+    assert 0 < int(checkpoint.name.removeprefix("checkpoint-")) < 60
+    whole, _ = run("dpo", paired_data, micro_model, tmp_path / "whole", **settings, save_steps=1000)
+    again, log = run("dpo", paired_data, micro_model, tmp_path / "out", **settings, save_steps=1000)
+    assert f"resumes from {checkpoint}" in log
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_wrong_input_is_said_once_with_its_exit_code(micro_model, tmp_path):
+    line = command("sft", tmp_path / "nowhere", micro_model, tmp_path / "out", num_processes=2)
+    result = subprocess.run(line, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.count("train.jsonl: no such file") == 1
 
 
 @pytest.mark.parametrize("parallelism", ["ddp", "zero2", "zero3", "fsdp2"])
