@@ -1,5 +1,6 @@
 """A stage in several processes (`accelerate launch -m components.dpo ...`): the first one writes and reports, all train."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,20 @@ Item = TypeVar("Item")
 
 def is_first() -> bool:
     return PartialState().is_main_process
+
+
+def process_count() -> int:
+    return PartialState().num_processes
+
+
+def process_index() -> int:
+    return PartialState().process_index
+
+
+def in_first(action: Callable[..., Item], *arguments: Any) -> Item:
+    """Runs an action in the first process, while the others wait; all get what it gives."""
+    mine: list[Any] = [action(*arguments) if is_first() else None]
+    return of_all(mine)[0]
 
 
 def of_all(items: list[Item]) -> list[Item]:

@@ -47,7 +47,7 @@ def supervise(command: Sequence[str], processes: int, patience: float) -> int:
             ranks.wait()
             return ranks.exit_code()
         finally:
-            ranks.send(signal.SIGKILL)
+            ranks.clear()
 
 
 class Ranks:
@@ -110,6 +110,13 @@ class Ranks:
                 process.send_signal(number)
                 if number == signal.SIGKILL:
                     process.wait()
+
+    def clear(self) -> None:
+        """Kills what is left, children that a process has started and not waited for too."""
+        self.send(signal.SIGKILL)
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
     def exit_code(self) -> int:
         """What all of them came to; says which one failed, with the end of its log where that was not to be seen."""

@@ -53,6 +53,9 @@ class TrainingStageConfig(StageConfig):
         "What several processes share out: nothing (ddp), optimizer state and gradients (zero2), weights too (zero3 by "
         "DeepSpeed, fsdp2 by PyTorch).",
     )
+    gpu_memory: float | None = setting(
+        None, "`--dry_run`: plan for GPUs of this memory (GB); `none` for the GPU that is there, or 80 without one."
+    )
     max_prompt_length: int = setting(1792, "Rows whose prompt has this many tokens or more are dropped.", "1792")
     eval_rows: int = setting(128, "Held-out rows that are scored during training; 0 for none.")
 

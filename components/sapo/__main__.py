@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
     from components.sapo.checkpoint import complete_checkpoints, require_complete
     from components.sapo.config import SAPOConfig
     from components.sapo.lora import quantization
-    from components.sapo.plan import describe
+    from components.sapo.plan import Node, describe
 
     parser = ConfigParser("sapo", [ResumableStageConfig, SAPOConfig], hidden=(*HIDDEN, "log_dir"))
     if {"-h", "--help"} & set(argv):
@@ -51,7 +51,9 @@ def main(argv: Sequence[str]) -> None:
     max_prompt_length = min(stage.max_prompt_length, args.max_length)
     train, dropped = encode_rows(tokenizer, read_rows(stage.data, "train"), max_prompt_length, args.max_length)
     evaluation = encode_rows(tokenizer, held_out, max_prompt_length, args.max_length)[0] if held_out else None
-    plan = describe(train, dropped, load_config(stage.model), args)
+    processes = launch.process_count(stage.num_processes)
+    node = Node(processes, stage.parallelism, stage.gpu_memory, parser.settings(argv)["use_cpu"])
+    plan = describe(train, dropped, load_config(stage.model), args, node)
     if checkpoint:
         plan.append(f"resumes from {checkpoint}")
     for line in plan if stage.dry_run or is_first() else []:

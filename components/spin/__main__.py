@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from components.common import launch
-from components.common.cli import ConfigParser, check_output, prepare_output, run_stage
+from components.common.cli import ConfigParser, check_output, run_stage
 from components.common.conversations import read_rows
 from components.common.errors import TERMINATED, UserError
 from components.common.kfp_outputs import publish
@@ -70,14 +70,15 @@ def _check_settings(settings: Any) -> None:
 
 def _files(stage: Any, settings: Any, train: Any, held_out: Any) -> Any:
     """The places of the run, after a check that they are free or of this very run; writes unless it is a dry run."""
+    from components.common.processes import in_first, prepare_output_once
     from components.common.training import library_versions
     from components.spin import snapshots
-    from components.spin.files import RunFiles, check_identity, identity, write_json
+    from components.spin.files import RunFiles, check_identity, identity
 
     files = RunFiles(Path(stage.output))
     mine = identity(dataclasses.asdict(settings), train, held_out, Path(stage.model))
     if not (stage.overwrite or stage.dry_run):
-        snapshots.adopt(files)
+        in_first(snapshots.adopt, files)
     if files.run.exists() and not stage.overwrite:
         check_identity(files, mine)
         return files
@@ -89,25 +90,33 @@ def _files(stage: Any, settings: Any, train: Any, held_out: Any) -> Any:
     }
     check_output(stage.output, stage.overwrite or leftovers)
     if not stage.dry_run:
-        prepare_output(stage.output, overwrite=True)
-        files.root.mkdir()
-        write_json(files.run, {**mine, "versions": library_versions()})
+        prepare_output_once(stage.output, overwrite=True)
+        in_first(_begin, files, {**mine, "versions": library_versions()})
     return files
 
 
+def _begin(files: Any, record: dict[str, Any]) -> None:
+    from components.spin.files import write_json
+
+    files.root.mkdir()
+    write_json(files.run, record)
+
+
 def _show_plan(stage: Any, settings: Any, rows: int, dropped: int, files: Any) -> None:
+    from components.common.processes import is_first
     from components.spin.schedule import describe
 
-    plan = describe(rows, dropped, stage.model, settings)
+    plan = describe(rows, dropped, stage.model, settings, launch.process_count(stage.num_processes))
     if not stage.overwrite:
         complete = [str(i) for i in range(settings.iterations) if files.result(i) is not None]
         plan += [f"goes on with the run in {files.root}"] if files.run.exists() else []
         plan += [f"complete already: iterations {', '.join(complete)}"] if complete else []
-    for line in plan:
+    for line in plan if is_first() else []:
         print(line) if stage.dry_run else logger.info(line)
 
 
 def _run(stage: Any, settings: Any, tokenizer: Any, train: Any, held_out: Any, files: Any, started: float) -> None:
+    from components.common.processes import in_first, leave
     from components.common.training import stage_arguments
     from components.spin import snapshots
     from components.spin.clock import Clock
@@ -130,7 +139,8 @@ def _run(stage: Any, settings: Any, tokenizer: Any, train: Any, held_out: Any, f
         sys.exit(TERMINATED)
     finally:
         signal.signal(signal.SIGTERM, before)
-    _write(stage, settings, run)
+    in_first(_write, stage, settings, run)
+    leave()
 
 
 def _write(stage: Any, settings: Any, run: Any) -> None:

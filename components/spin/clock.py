@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from components.common.processes import is_first
 from components.spin.files import write_json
 
 
@@ -40,9 +41,10 @@ class Clock:
             self.save()
 
     def save(self) -> None:
-        """Writes the times so far, of blocks that still run too."""
+        """Writes the times so far, of blocks that still run too; the first process's count."""
         self._count()
-        write_json(self.path, self.seconds)
+        if is_first():
+            write_json(self.path, self.seconds)
 
     def _count(self) -> None:
         now = time.perf_counter()

@@ -1,6 +1,5 @@
 """Settings of SPIN. Defaults are the paper's SPIN-DPO runs; `recipes/` has the ORPO runs and smaller models."""
 
-import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,7 +51,9 @@ class SPINSettings:
     top_k: int = setting(0, "Sample among this many tokens; 0 for all.", "not given; all in the SPIN code")
     top_p: float = setting(1.0, "Sample among tokens of this total probability.", "not given; 1 in the SPIN code")
     sampler: Literal["hf", "vllm"] = setting("hf", "Engine that generates: transformers' generate, or vLLM.")
-    sampler_batch_size: int = setting(64, "Prompts handed to the engine together; each batch is saved when it is done.")
+    sampler_batch_size: int = setting(
+        64, "Prompts handed to each engine together; each batch is saved when it is done."
+    )
 
     # The trainer of each iteration
     optim: str = setting("rmsprop", "Optimizer by transformers' name.", "as DPO and ORPO: rmsprop, adamw")
@@ -62,7 +63,9 @@ class SPINSettings:
     warmup_steps: float = setting(
         0.1, "Steps of warm-up of each iteration, or a share of its steps below 1.", "not given; 0.1, ORPO 100"
     )
-    per_device_train_batch_size: int = setting(8, "Pairs of a micro-batch.", "not given; 8 on 8 GPUs in the SPIN code")
+    per_device_train_batch_size: int = setting(
+        8, "Pairs of a micro-batch on each device.", "not given; 8 on 8 GPUs in the SPIN code"
+    )
     per_device_eval_batch_size: int = setting(8, "Held-out pairs scored together.")
     gradient_accumulation_steps: int = setting(1, "Micro-batches of an optimizer step.", "not given")
     gradient_checkpointing: bool = setting(False, "Recompute activations in backward: less memory, more time.")
@@ -83,8 +86,6 @@ class SPINSettings:
         self._check()
         if self.bf16 is None:
             self.bf16 = has_fast_bfloat16()
-        if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-            raise ValueError(f"started with {processes} processes: SPIN runs in one; start it without a launcher")
 
     def _check(self) -> None:
         for name in ("iterations", "window", "max_new_tokens", "sampler_batch_size", "per_device_train_batch_size"):

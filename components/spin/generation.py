@@ -1,5 +1,7 @@
 """Rejected responses of a whole data set, written batch by batch to a file that an interrupted run goes on with.
 
+Several processes share each batch, row by row in turn, and the first one writes.
+
 Batches are the same however often a run was interrupted: rows in order of prompt length, longest first (so that the
 largest batch fails at once if it does not fit), and every request with a seed of its own. A batch that was not written
 whole is generated again.
@@ -13,6 +15,7 @@ from pathlib import Path
 from components.common.chat_templates import EncodedRow
 from components.common.errors import UserError
 from components.common.preference import EncodedPair
+from components.common.processes import in_first, of_all, process_count, process_index
 from components.common.progress import progress
 from components.common.samplers import Sampler, request_seed
 from components.spin.config import SPINSettings
@@ -45,19 +48,27 @@ def generate(
         iteration: part of each request's seed, so that no iteration repeats another's draws.
         after_batch: called when a batch is safely written; may raise to stop.
     """
-    order, size = generation_order(rows), settings.sampler_batch_size
-    done = _keep_whole_batches(path, len(rows), size)
-    bar = progress(total=len(rows), initial=done, desc=description, unit="responses")
-    with path.open("a", encoding="utf-8") as file:
-        for low in range(done, len(rows), size):
-            batch = [rows[i] for i in order[low : low + size]]
-            for row, tokens in zip(batch, _responses(sampler, batch, iteration, settings), strict=True):
-                file.write(json.dumps({"id": row["id"], "rejected_ids": tokens}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-            bar.update(len(batch))
-            after_batch()
+    count, mine = process_count(), process_index()
+    order, size = generation_order(rows), settings.sampler_batch_size * count
+    done = in_first(_keep_whole_batches, path, len(rows), size)
+    bar = progress(total=len(rows), initial=done, desc=description, unit="responses", disable=mine > 0)
+    for low in range(done, len(rows), size):
+        batch = [rows[i] for i in order[low : low + size]]
+        responses = _responses(sampler, batch[mine::count], iteration, settings) if len(batch) > mine else []
+        found = dict(of_all([*zip(range(mine, len(batch), count), responses, strict=True)]))
+        in_first(_append, path, [(row["id"], found[i]) for i, row in enumerate(batch)])
+        bar.update(len(batch))
+        after_batch()
     bar.close()
+
+
+def _append(path: Path, responses: Sequence[tuple[str, list[int]]]) -> None:
+    """Adds the responses of a batch, by row id, so that they are on the disk."""
+    with path.open("a", encoding="utf-8") as file:
+        for row_id, tokens in responses:
+            file.write(json.dumps({"id": row_id, "rejected_ids": tokens}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _responses(

@@ -1,4 +1,7 @@
-"""The loop of SPIN: generate with the start model, train on the window, save; each iteration starts from the last."""
+"""The loop of SPIN: generate with the start model, train on the window, save; each iteration starts from the last.
+
+Several processes go through it together: each generates its share and trains, the first one writes.
+"""
 
 import gc
 import logging
@@ -21,7 +24,15 @@ from transformers import (
 from components.common.chat_templates import EncodedRow
 from components.common.models import load_model, stop_ids
 from components.common.preference import EncodedPair, preference_trainer
-from components.common.training import final_evaluation, save_model, show_progress
+from components.common.processes import (
+    in_first,
+    is_first,
+    of_all,
+    process_count,
+    save_model_once,
+    show_progress_once,
+)
+from components.common.training import final_evaluation
 from components.spin import generation, results
 from components.spin.clock import Clock
 from components.spin.config import SPINSettings
@@ -68,7 +79,7 @@ class SPINRun:
         self.clock = clock
         self.save = save
         self.stop_requested = False  # set it (from a signal handler) to save and raise StoppedError soon
-        self.first_steps = first_steps(len(train), settings)
+        self.first_steps = first_steps(len(train), settings, process_count())
 
     def run(self) -> None:
         """Goes through the iterations.
@@ -77,7 +88,7 @@ class SPINRun:
             StoppedError: `stop_requested` was set; the same run goes on from there.
         """
         for iteration in schedule(self.settings):
-            if self.files.result(iteration.index) is None:
+            if in_first(self.files.result, iteration.index) is None:
                 self.files.iteration(iteration.index).mkdir(parents=True, exist_ok=True)
                 self.generate(iteration)
                 self.train(iteration)
@@ -94,19 +105,21 @@ class SPINRun:
         index = iteration.index
         parts = [("generate", self.train_rows, self.files.generated(index))]
         parts += [("held_out", self.held_out_rows, self.files.held_out(index))] if self.held_out_rows else []
-        missing = [part for part in parts if not generation.is_complete(part[2], part[1])]
+        missing = in_first(lambda: [name for name, rows, path in parts if not generation.is_complete(path, rows)])
+        missing_parts = [part for part in parts if part[0] in missing]
         if missing:
+            _forget_sharding()
             with ExitStack() as opened:
                 with self.clock.measure(f"iteration-{index}/seconds/load_sampler"):
                     engine = open_sampler(self.start_model(iteration), self.tokenizer, self.settings)
                     sampler = opened.enter_context(engine)
-                for name, rows, path in missing:
+                for name, rows, path in missing_parts:
                     with self.clock.measure(f"iteration-{index}/seconds/{name}"):
                         label = f"iteration {index}: {name}"
                         generation.generate(sampler, rows, path, index, self.settings, self.after_batch, label)
             del sampler
             _free_memory()
-        results.write_pairs(self, index)
+        in_first(results.write_pairs, self, index)
 
     def after_batch(self) -> None:
         """A batch of responses is on disk."""
@@ -130,9 +143,10 @@ class SPINRun:
                 evaluation = final_evaluation(trainer)
         generated = generation.statistics(self.pairs(index), stop_ids(self.model, self.tokenizer))
         summary = {"train_loss": metrics["train_loss"], **evaluation, **generated}
-        summary["tokens/trained"] = trainer.tokens_trained
+        summary["tokens/trained"] = sum(of_all([trainer.tokens_trained]))
         history = trainer.state.log_history
-        self.files.finish_iteration(index, {"steps": trainer.state.global_step, "history": history, "summary": summary})
+        result = {"steps": trainer.state.global_step, "history": history, "summary": summary}
+        in_first(self.files.finish_iteration, index, result)
         logger.info(
             "iteration %d: %d steps; %d of %d generated responses were equal to the chosen ones",
             *(index, trainer.state.global_step, generated["generated/identical"], len(self.train_rows)),
@@ -141,12 +155,12 @@ class SPINRun:
     def _trained(self, iteration: Iteration) -> tuple[Any, dict[str, float]]:
         trainer = self.make_trainer(iteration)
         trainer.add_callback(_Interruptible(self, trainer, iteration))
-        checkpoint = newest_checkpoint(self.files.checkpoints(iteration.index))
+        checkpoint = in_first(newest_checkpoint, self.files.checkpoints(iteration.index))
         if checkpoint:
             logger.info("iteration %d: resumes from %s", iteration.index, checkpoint[0])
-            trainer.tokens_trained = checkpoint[1]
+            trainer.tokens_trained = checkpoint[1] if is_first() else 0  # of all processes
         metrics = trainer.train(resume_from_checkpoint=str(checkpoint[0]) if checkpoint else None).metrics
-        if self.stop_requested and trainer.state.global_step < trainer.state.max_steps:
+        if self.told_to_stop() and trainer.state.global_step < trainer.state.max_steps:
             raise StoppedError(f"iteration {iteration.index}, after step {trainer.state.global_step}")
         return trainer, metrics
 
@@ -162,7 +176,7 @@ class SPINRun:
         if self.held_out_rows:
             held_out = generation.read_pairs(self.files.held_out(iteration.index), self.held_out_rows)
         trainer = preference_trainer(self.settings.loss_type, model, reference, args, pairs, held_out, self.tokenizer)
-        show_progress(trainer, f"iteration {iteration.index}: train")
+        show_progress_once(trainer, f"iteration {iteration.index}: train")
         return trainer
 
     def _save(self, trainer: Any, index: int) -> None:
@@ -170,12 +184,16 @@ class SPINRun:
         model = self.files.model(index)
         unfinished = model.with_name("model.unfinished")
         for left in (model, unfinished):
-            shutil.rmtree(left, ignore_errors=True)
-        save_model(trainer, unfinished)
-        unfinished.rename(model)
+            in_first(shutil.rmtree, left, True)  # whether it is there or not
+        save_model_once(trainer, unfinished)
+        in_first(unfinished.rename, model)
+
+    def told_to_stop(self) -> bool:
+        """Whether any process was."""
+        return any(of_all([self.stop_requested]))
 
     def stop_if_requested(self) -> None:
-        if self.stop_requested:
+        if self.told_to_stop():
             raise StoppedError("between two batches of responses or two iterations")
 
 
@@ -184,6 +202,13 @@ def _free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _forget_sharding() -> None:
+    """A model that generates is loaded whole, also where the last trainer's was loaded in shards (ZeRO-3)."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
 
 
 class _Interruptible(TrainerCallback):
@@ -197,11 +222,12 @@ class _Interruptible(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.iteration.index == 0:
             self.run.clock.mark("seconds/first_step")
-        if self.run.stop_requested:
+        if self.run.told_to_stop():
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         directory = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        mark_checkpoint(directory, self.trainer.tokens_trained)
+        tokens = sum(of_all([self.trainer.tokens_trained]))
+        in_first(mark_checkpoint, directory, tokens)
         self.run.clock.save()
         self.run.save()

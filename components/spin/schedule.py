@@ -34,18 +34,19 @@ def schedule(settings: SPINSettings) -> list[Iteration]:
     ]
 
 
-def steps_of(iteration: Iteration, rows: int, settings: SPINSettings) -> int:
+def steps_of(iteration: Iteration, rows: int, settings: SPINSettings, processes: int = 1) -> int:
     """Optimizer steps of an iteration over a training set of `rows` rows, as `Trainer` counts them."""
-    micro_batches = math.ceil(rows * len(iteration.window) / settings.per_device_train_batch_size)
+    pairs = settings.per_device_train_batch_size * processes
+    micro_batches = math.ceil(rows * len(iteration.window) / pairs)
     per_epoch = math.ceil(micro_batches / settings.gradient_accumulation_steps)
     return math.ceil(settings.epochs_per_iteration * per_epoch)
 
 
-def first_steps(rows: int, settings: SPINSettings) -> list[int]:
+def first_steps(rows: int, settings: SPINSettings, processes: int = 1) -> list[int]:
     """Optimizer steps of the whole run before each iteration, and at last those of all."""
     starts = [0]
     for iteration in schedule(settings):
-        starts.append(starts[-1] + steps_of(iteration, rows, settings))
+        starts.append(starts[-1] + steps_of(iteration, rows, settings, processes))
     return starts
 
 
@@ -73,7 +74,7 @@ def trainer_settings(settings: SPINSettings, iteration: Iteration, output_dir: s
     return DPOSettings(**shared) if settings.loss_type == "dpo" else ORPOSettings(**shared)
 
 
-def describe(prompts: int, dropped: int, model: str, settings: SPINSettings) -> list[str]:
+def describe(prompts: int, dropped: int, model: str, settings: SPINSettings, processes: int = 1) -> list[str]:
     """The plan, a line for each iteration: the text of `--dry_run`."""
     weight = "beta" if settings.loss_type == "dpo" else "lambda"
     lines = [
@@ -85,7 +86,7 @@ def describe(prompts: int, dropped: int, model: str, settings: SPINSettings) -> 
         start = model if iteration.index == 0 else f"iteration {iteration.index - 1}"
         lines.append(
             f"iteration {iteration.index}: from {start}; responses of {{{window}}}: "
-            f"{prompts * len(iteration.window):,} pairs, {steps_of(iteration, prompts, settings):,} steps, "
+            f"{prompts * len(iteration.window):,} pairs, {steps_of(iteration, prompts, settings, processes):,} steps, "
             f"learning rate {iteration.learning_rate:g}, {weight} {iteration.weight:g}"
         )
-    return [*lines, f"steps: {first_steps(prompts, settings)[-1]:,} in all"]
+    return [*lines, f"steps: {first_steps(prompts, settings, processes)[-1]:,} in all, on {processes} process(es)"]

@@ -39,7 +39,7 @@ INPUTS = ("data", "model", "source", "test_source", "evaluations", "trainings")
 # Settings that do not change the result, by prefix.
 FREE = (
     *(*DIRECTORIES, *FILES, "overwrite", "dry_run", "executor_input", "resume", "keep_", "start"),
-    *("num_processes", "parallelism"),
+    *("num_processes", "parallelism", "gpu_memory"),
     *("mirror_", "grace_seconds", "lease_seconds", "save_", "logging_", "log_", "report_to", "disable_", "dataloader_"),
     *("judge_base_url", "judge_key_variable", "judge_concurrency", "judge_retries", "judge_timeout", "judge_prices"),
     *("batch_size", "gpu_memory_utilization"),  # of the evaluation

@@ -1,8 +1,11 @@
 """A stage in several processes: what they are told, what is checked first, and that they train as one does."""
 
+import importlib
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -10,16 +13,20 @@ from safetensors.torch import load_file
 
 from components.common import launch
 from components.common.conversations import write_rows
-from components.common.errors import UserError
+from components.common.errors import TERMINATED, UserError
 from components.common.training import TrainingStageConfig
 from tests.conftest import chat_rows
 
 # Of float32 sums in another order, after Adam's steps of 1e-3.
 TOLERANCE = 2e-6
+# The same global batch in one process. ORPO has L_SFT as a mean over the tokens of a micro-batch: there it comes in the same halves.
+WHOLE = {"per_device_train_batch_size": 8}
+HALVES = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
 COMMON = {
     "max_length": "96",
     "learning_rate": "1e-3",
     "optim": "adamw_torch",
+    "warmup_steps": "0",
     "max_steps": "3",
     "logging_steps": "1",
     "eval_rows": "0",
@@ -41,20 +48,29 @@ def paired_data(tmp_path_factory):
     return directory
 
 
-def run(stage, data, model, output, **settings):
+def command(stage, data, model, output, **settings):
     flags = {"data": data, "model": model, "output": output} | COMMON | settings
     argv = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-    result = subprocess.run([sys.executable, "-m", f"components.{stage}", *argv], capture_output=True, text=True)
+    return [sys.executable, "-m", f"components.{stage}", *argv]
+
+
+def run_here(stage, data, model, output, **settings):
+    importlib.import_module(f"components.{stage}.__main__").main(command(stage, data, model, output, **settings)[3:])
+    return load_file(output / "model.safetensors")
+
+
+def run(stage, data, model, output, **settings):
+    result = subprocess.run(command(stage, data, model, output, **settings), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return load_file(output / "model.safetensors"), result.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "parallelism"), [("sft", "ddp"), ("sft", "zero3"), ("dpo", "ddp"), ("dpo", "zero2"), ("orpo", "fsdp2")]
+    ("stage", "parallelism"), [("sft", "zero3"), ("dpo", "ddp"), ("dpo", "zero2"), ("orpo", "fsdp2")]
 )
 def test_two_processes_train_as_one_does(stage, parallelism, paired_data, micro_model, tmp_path):
-    alone, _ = run(stage, paired_data, micro_model, tmp_path / "alone", per_device_train_batch_size=8)
+    alone = run_here(stage, paired_data, micro_model, tmp_path / "alone", **(HALVES if stage == "orpo" else WHOLE))
     halves = {"per_device_train_batch_size": 4, "num_processes": 2, "parallelism": parallelism}
     together, log = run(stage, paired_data, micro_model, tmp_path / "together", **halves)
     start = load_file(micro_model / "model.safetensors")
@@ -63,6 +79,30 @@ def test_two_processes_train_as_one_does(stage, parallelism, paired_data, micro_
     for name, weights in alone.items():
         torch.testing.assert_close(together[name], weights, rtol=0, atol=TOLERANCE)
     assert log.count(" wrote ") == 1  # one process speaks
+
+
+@pytest.mark.slow
+def test_sigterm_saves_in_all_processes_and_the_same_command_goes_on(paired_data, micro_model, tmp_path):
+    settings = {"num_processes": 2, "max_steps": 60, "per_device_train_batch_size": 4, "save_strategy": "steps"}
+    line = command("dpo", paired_data, micro_model, tmp_path / "out", **settings, save_steps=1000)
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for text in process.stderr:
+        if "0/60 steps" in text:
+            break
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    rest = process.stderr.read()
+    assert process.wait(60) == TERMINATED, rest
+    assert rest.count("and saved; the same command goes on from there") == 1
+    (checkpoint,) = (tmp_path / "out" / "checkpoints").glob("checkpoint-*")
+    assert 0 < int(checkpoint.name.removeprefix("checkpoint-")) < 60
+    alone = {"max_steps": 60, "per_device_train_batch_size": 8}
+    whole = run_here("dpo", paired_data, micro_model, tmp_path / "whole", **alone)
+    again, log = run("dpo", paired_data, micro_model, tmp_path / "out", **settings, save_steps=1000)
+    assert f"resumes from {checkpoint}" in log
+    for name, weights in whole.items():
+        torch.testing.assert_close(again[name], weights, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("parallelism", ["ddp", "zero2", "zero3", "fsdp2"])

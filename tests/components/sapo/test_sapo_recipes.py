@@ -54,7 +54,8 @@ def load(recipe: str) -> tuple[ResumableStageConfig, SAPOConfig]:
 @pytest.mark.parametrize("recipe", recipe_names("sapo"))
 def test_recipe_loads_names_its_loss_and_opens_with_its_command(recipe):
     _, args = load(recipe)
-    assert recipe.endswith(f"-{args.loss_type}")
+    assert recipe.removesuffix("-lora").endswith(f"-{args.loss_type}")
+    assert recipe.endswith("-lora") == args.use_peft
     opening = "\n".join(find_recipe("sapo", recipe).read_text().splitlines()[:3])
     assert f"python -m components.sapo --config {recipe} --data " in opening
 
@@ -66,7 +67,18 @@ def test_paper_recipes_hold_the_papers_values(model, loss):
     assert stage.max_prompt_length == 1792
     expected = PAPER | LOSSES[loss] | {"loss_type": loss}
     assert {name: getattr(args, name) for name in expected} == expected
-    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 64  # 8 on each of 8 GPUs
+    assert (stage.num_processes, stage.parallelism) == (8, "zero3")
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps * stage.num_processes == 64
+
+
+@pytest.mark.parametrize("model", ["llama3-8b", "mistral-7b"])
+@pytest.mark.parametrize("loss", ["dpo", "orpo"])
+def test_lora_recipes_differ_from_the_papers_in_what_lora_is(model, loss):
+    stage, args = load(f"{model}-{loss}-lora")
+    expected = PAPER | LOSSES[loss] | {"learning_rate": 10 * LOSSES[loss]["learning_rate"]}
+    assert {name: getattr(args, name) for name in expected} == pytest.approx(expected)
+    assert stage.num_processes == 1
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 64
 
 
 def test_defaults_are_the_papers_dpo_run(tmp_path):

@@ -67,7 +67,8 @@ def test_dry_run_prints_steps_tokens_and_memory_and_writes_nothing(tmp_path, cha
     assert "steps: 24 (12 an epoch), 4 rows in and 4 pairs out of each" in plan
     assert "at most 24 generated" in plan
     parameters = sum(p.numel() for p in load_model(str(micro_model)).parameters())
-    assert f"memory: {parameters / 1e6:,.1f}M parameters" in plan
+    assert f" GiB ({parameters / 1e6:,.1f}M parameters, float32, 1 process)" in plan
+    assert "it fits: " in plan
     assert not (tmp_path / "out").exists()
 
 
@@ -98,7 +99,7 @@ def test_empty_data_set(tmp_path, micro_model):
         ({"max_prompt_length": 2}, "every prompt has 2 tokens or more; raise max_prompt_length"),
         ({"segment_length": 0}, "segment_length = 0: must be 1 or more"),
         ({"ema_decay": 2}, r"ema_decay = 2.0: must be within \[0, 1\]"),
-        ({"loss_type": "ipo"}, "loss_type = 'ipo' is not valid: .*'dpo' or 'orpo'"),
+        ({"loss_type": "kto"}, "loss_type = 'kto' is not valid: .*'dpo', 'orpo' or 'ipo'"),
         ({"settings": '{"emadecay": 1}'}, "--settings: unknown setting 'emadecay'; did you mean 'ema_decay'"),
         ({"output_dir": "x"}, "unknown argument '--output_dir'"),
         ({"hub_token": "hf_x"}, "unknown argument '--hub_token'"),

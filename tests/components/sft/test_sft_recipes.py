@@ -70,8 +70,7 @@ def test_paper_recipes_hold_the_papers_values(stage, model):
     expected = PAPER[stage] | (OF_LLAMA.get(stage, {}) if model == "llama3-8b" else {})
     assert {name: getattr(args, name) for name in expected} == expected
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps * 8 == GLOBAL_BATCH[stage]
-    assert args.fsdp
-    assert "accelerate launch --num_processes 8" in find_recipe(stage, model).read_text()
+    assert (config.num_processes, config.parallelism) == (8, "zero3")
 
 
 @pytest.mark.parametrize("stage", ["dpo", "orpo"])

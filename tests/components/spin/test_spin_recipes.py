@@ -63,7 +63,8 @@ def test_paper_recipes_hold_the_papers_values(model, loss):
     assert stage.max_prompt_length == 1792
     expected = PAPER | LOSSES[loss] | {"loss_type": loss}
     assert {name: getattr(settings, name) for name in expected} == expected
-    assert settings.per_device_train_batch_size * settings.gradient_accumulation_steps == 64  # 8 on each of 8 GPUs
+    assert (stage.num_processes, stage.parallelism) == (8, "zero3")
+    assert settings.per_device_train_batch_size * settings.gradient_accumulation_steps * stage.num_processes == 64
 
 
 def test_defaults_are_the_papers_dpo_run():

@@ -57,7 +57,7 @@ def test_plan_names_each_iterations_window_steps_and_values(settings):
     assert plan[3] == (
         "iteration 1: from iteration 0; responses of {0, 1}: 24 pairs, 12 steps, learning rate 0.0005, beta 0.5"
     )
-    assert plan[4] == "steps: 18 in all"
+    assert plan[4] == "steps: 18 in all, on 1 process(es)"
 
 
 @pytest.mark.parametrize(
@@ -79,9 +79,3 @@ def test_settings_that_cannot_work(changed, message, settings):
 
 def test_betas_do_not_matter_to_orpo(settings):
     assert settings(loss_type="orpo", betas=[]).betas == []
-
-
-def test_several_processes_are_refused(settings, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="started with 2 processes: SPIN runs in one"):
-        settings()

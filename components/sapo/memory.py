@@ -1,0 +1,421 @@
+"""Memory of one GPU (or one process on a CPU) in a SAPO run, from sizes alone: pure functions, nothing is loaded.
+
+With P parameters, T of them trained (T = P without an adapter), W processes and n values of optimizer state for each, in bytes:
+
+                     one process, ddp      zero2                  zero3              fsdp2
+    weights          4 P                   P c                    P c / W            4 P / W
+    gradients        4 T (+ 4 T, ddp's     T c / W + bucket       T c / W + bucket   4 T / W
+                     buckets)
+    masters          -                     4 T / W if bf16        4 T / W if bf16    -
+    optimizer        4 n T                 4 n T / W              4 n T / W          4 n T / W
+    EMA              4 T                   4 T / W                4 T / W            4 T / W
+    reference        4 P                   2 c' T / W             2 c' T / W         2 c' T / W
+
+c is 2 in bfloat16 and 4 in float32. A sharded reference is this process's parts, which swap places with the policy's while they
+are scored (the 2). With an adapter the base is frozen (2 bytes a parameter in bfloat16, 0.5625 in 4 bits: NF4 with a float32
+scale for 64 weights, embeddings and norms not), the reference costs an adapter at most. An engine of vLLM takes the share of
+the GPU that it is told to. Activations and logits are those of `pair_forward.py`: see `layer_bytes` and `logits_bytes`.
+
+What lives at once differs from moment to moment, so the peak is what lives all the time plus the largest of: forward and
+backward, the optimizer's step, generation.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from components.sapo.pair_forward import CHUNK
+
+GIB = 2**30
+# Values of optimizer state for each trained parameter, by the beginning of its name; 2 (Adam's) where none fits.
+OPTIMIZER_STATES = {"rmsprop": 1, "sgd": 0, "adafactor": 0}
+STATES_OF_8BIT = 0.5  # Adam's two values in one byte each, in units of float32
+ZERO_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, in values
+ZERO_LIVE = 1_000_000_000  # its stage3_max_live_parameters
+BITS4 = 0.5 + 4 / 64  # bytes of a weight in NF4
+CUDA_CONTEXT = 1.5 * GIB  # an allowance for CUDA, NCCL and cuBLAS; not measured
+FRAGMENTATION = 0.05  # an allowance, as a share of what is allocated on a GPU
+VLLM_WORKSPACE = 2.0 * GIB  # an allowance for its activations while it prefills
+
+Parallelism = Literal["ddp", "zero2", "zero3", "fsdp2"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of a decoder, from its config.json.
+
+    Attributes:
+        parameters: of the whole model; tied ones once.
+        layer: of one decoder layer.
+        head: of the output embeddings, vocabulary x hidden.
+        largest: of the largest parameter.
+        attention, key_value: heads x size of a head.
+        linears: (name, inputs, outputs) of every linear layer inside the decoder layers.
+    """
+
+    parameters: int
+    layer: int
+    head: int
+    largest: int
+    layers: int
+    hidden: int
+    attention: int
+    key_value: int
+    intermediate: int
+    vocabulary: int
+    linears: tuple[tuple[str, int, int], ...]
+
+    @property
+    def in_linears(self) -> int:
+        return sum(inputs * outputs for _, inputs, outputs in self.linears)
+
+
+def architecture(model_config: Any) -> Architecture:
+    """The sizes of a model that a Hugging Face config describes, without memory for it."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+    text = model_config.get_text_config()
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    layers: Any = model.base_model.layers
+    linears = [(n, m.in_features, m.out_features) for n, m in layers.named_modules() if isinstance(m, nn.Linear)]
+    return Architecture(
+        parameters=model.num_parameters(),
+        layer=sum(p.numel() for p in layers[0].parameters()),
+        head=model.get_output_embeddings().weight.numel(),
+        largest=max(p.numel() for p in model.parameters()),
+        layers=len(layers),
+        hidden=text.hidden_size,
+        attention=text.num_attention_heads * size,
+        key_value=(getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * size,
+        intermediate=text.intermediate_size,
+        vocabulary=text.vocab_size,
+        linears=tuple(linears),
+    )
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA on a frozen base.
+
+    Args:
+        rank: LoRA's r.
+        targets: ends of the names of the layers that get one, such as "q_proj"; "all-linear" for every one.
+        in_4bit: the base's linear layers are quantised.
+    """
+
+    rank: int = 16
+    targets: tuple[str, ...] = ("all-linear",)
+    in_4bit: bool = False
+
+    def parameters(self, model: Architecture) -> int:
+        """A layer of (inputs, outputs) gets (inputs + outputs) r."""
+        everywhere = "all-linear" in self.targets
+        chosen = [(i, o) for name, i, o in model.linears if everywhere or name.endswith(self.targets)]
+        return self.rank * sum(inputs + outputs for inputs, outputs in chosen)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Tokens of one micro-batch of pairs.
+
+    Args:
+        pairs: how many.
+        tokens: that the model computes: prompt and A once, then the rest of both responses.
+        keys: that the CPU's attention copies: each branch has those of the prefix before its own.
+        scored: that reach the vocabulary.
+    """
+
+    pairs: int
+    tokens: int
+    keys: int
+    scored: int
+
+
+def micro_batch(pairs: int, prompt: int, response: int, shared: int, from_divergence: bool, packed: bool) -> MicroBatch:
+    """Of pairs of equal size.
+
+    Args:
+        prompt, response: tokens; both responses are as long.
+        shared: tokens that the two responses have in common at the beginning.
+        from_divergence: those are not scored (DPO).
+        packed: pairs are packed, else padded.
+    """
+    own = 2 * (response - shared)
+    if not packed:
+        return MicroBatch(pairs, 2 * pairs * (prompt + response), 0, pairs * (own + 2 * shared * (not from_divergence)))
+    prefix = prompt + shared
+    scored = own + (0 if from_divergence else shared)
+    return MicroBatch(pairs, pairs * (prefix + own), pairs * (2 * prefix + own), pairs * scored)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What of a run's settings decides about memory.
+
+    Args:
+        processes: one a GPU.
+        optimizer: transformers' name.
+        accumulates: gradients of an earlier micro-batch are there while the next one's are computed.
+        sampler: what generates; None for neither.
+        served_bytes: for each parameter, of a copy of the EMA for the sampler; 0 where there is none.
+        utilization: share of the GPU that vLLM takes.
+        sleeps: vLLM gives its memory back while the learner works.
+        overlaps: generation runs beside training.
+        cached_tokens: of all prompts that transformers' generate has at once.
+        adapter: None trains every parameter.
+    """
+
+    processes: int = 1
+    parallelism: Parallelism = "ddp"
+    bf16: bool = True
+    optimizer: str = "rmsprop"
+    reference: bool = True
+    checkpointing: bool = False
+    accumulates: bool = False
+    sampler: Literal["hf", "vllm"] | None = "hf"
+    served_bytes: int = 0
+    engine_bytes: int = 2
+    utilization: float = 0.25
+    sleeps: bool = False
+    overlaps: bool = False
+    cached_tokens: int = 0
+    adapter: Adapter | None = None
+    on_cpu: bool = False
+
+    @property
+    def shards(self) -> bool:
+        return self.processes > 1 and self.parallelism != "ddp"
+
+    @property
+    def shards_weights(self) -> bool:
+        return self.processes > 1 and self.parallelism in ("zero3", "fsdp2")
+
+    @property
+    def is_zero(self) -> bool:
+        return self.processes > 1 and self.parallelism.startswith("zero")
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of a trained weight as forward reads it from memory: ZeRO casts the model, the others cast in forward."""
+        return 2 if self.bf16 and self.is_zero else 4
+
+    @property
+    def compute_bytes(self) -> int:
+        return 2 if self.bf16 else 4
+
+    @property
+    def optimizer_states(self) -> float:
+        if "8bit" in self.optimizer:
+            return STATES_OF_8BIT
+        return next((n for name, n in OPTIMIZER_STATES.items() if self.optimizer.startswith(name)), 2)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes of one GPU.
+
+    Attributes:
+        always: what lives all the time, by name.
+        train, step, generate: what lives besides in each of these, by name.
+        capacity: what the GPU has.
+    """
+
+    always: dict[str, float]
+    train: dict[str, float]
+    step: dict[str, float]
+    generate: dict[str, float]
+    on_cpu: bool
+    overlaps: bool
+    capacity: float
+
+    @property
+    def peak(self) -> float:
+        moments = [sum(self.train.values()), sum(self.step.values())]
+        generate = sum(self.generate.values())
+        most = max(moments) + generate if self.overlaps else max(*moments, generate)
+        allocated = sum(self.always.values()) + most
+        return allocated if self.on_cpu else allocated * (1 + FRAGMENTATION) + CUDA_CONTEXT
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.capacity
+
+
+def plan(model: Architecture, batch: MicroBatch, setup: Setup, capacity: float) -> Plan:
+    """Memory of one GPU with `capacity` bytes."""
+    awake = setup.sampler == "vllm" and not setup.sleeps
+    always = _weights(model, setup) | ({"vLLM": setup.utilization * capacity} if awake else {})
+    return Plan(
+        always={name: size for name, size in always.items() if size},
+        train=_training(model, batch, setup),
+        step=_stepping(model, setup),
+        generate=_generating(model, setup, capacity),
+        on_cpu=setup.on_cpu,
+        overlaps=setup.overlaps,
+        capacity=capacity,
+    )
+
+
+def trained(model: Architecture, setup: Setup) -> int:
+    return model.parameters if setup.adapter is None else setup.adapter.parameters(model)
+
+
+def _weights(model: Architecture, setup: Setup) -> dict[str, float]:
+    """What lives from the first step to the last."""
+    values, w = trained(model, setup), setup.processes
+    share = 1 / w if setup.shards else 1.0
+    share_of_weights = 1 / w if setup.shards_weights else 1.0
+    adapter = setup.adapter
+    base = 0.0 if adapter is None else _frozen_base(model, adapter, setup) * share_of_weights
+    found = {"weights": base + setup.weight_bytes * values * share_of_weights}
+    found["float32 masters"] = 4 * values / w if setup.is_zero and setup.bf16 else 0.0
+    found["optimizer"] = 4 * setup.optimizer_states * values * share
+    found["EMA"] = 4 * values * share
+    if setup.reference:
+        in_parts = setup.shards or adapter is not None
+        found["reference"] = values * share * (2 * setup.compute_bytes if in_parts else 4)
+    found["served copy"] = setup.served_bytes * (model.parameters if setup.shards else values)
+    return found
+
+
+def _frozen_base(model: Architecture, adapter: Adapter, setup: Setup) -> float:
+    rest = setup.compute_bytes * (model.parameters - model.in_linears)
+    return rest + (BITS4 if adapter.in_4bit else setup.compute_bytes) * model.in_linears
+
+
+def gradient_bytes(model: Architecture, setup: Setup) -> float:
+    """Gradients once backward is through."""
+    values, w = trained(model, setup), setup.processes
+    if setup.is_zero:
+        return setup.compute_bytes * values / w + setup.compute_bytes * min(ZERO_BUCKET, values)
+    if setup.shards:
+        return 4 * values / w
+    return 4 * values * (2 if w > 1 else 1)  # DDP keeps buckets of the same size
+
+
+def layer_bytes(model: Architecture, batch: MicroBatch, setup: Setup) -> float:
+    """What one decoder layer keeps for backward.
+
+    For each token: in and after each of the two norms the residual stream (float32 where the norm computes), its normalised
+    form and the norm's output; query, key and value; what attention gives, once as it keeps it and once as the output
+    projection does; gate and up. The CPU's attention also keeps the keys and values that it copies for each branch; under
+    autocast it casts keys after they were expanded to the query heads. A layer with adapters keeps the gated product and its
+    activation too.
+    """
+    c = setup.compute_bytes
+    normalised = 2 if setup.is_zero and setup.bf16 else 4
+    norms = 2 * model.hidden * (4 + normalised + c)
+    expanded = setup.on_cpu and setup.bf16 and not setup.is_zero
+    pair = model.key_value + (model.attention if expanded else model.key_value)  # a key and a value
+    attention = c * (3 * model.attention + pair)
+    mlp = c * model.intermediate * (2 if setup.adapter is None else 4)
+    copied = c * pair * batch.keys if setup.on_cpu else 0
+    return batch.tokens * (norms + attention + mlp) + copied
+
+
+def logits_bytes(model: Architecture, batch: MicroBatch, setup: Setup) -> float:
+    """Of one chunk: logits as they are multiplied, in float32, and their gradient; and the gradient of the head, in float32."""
+    chunk = min(CHUNK, batch.scored) * model.vocabulary
+    values = 4 * chunk if not setup.bf16 else (2 + 4 + 2) * chunk
+    head = 4 * model.head if setup.adapter is None else 0
+    return values + head + (2 * model.head if setup.bf16 and not setup.is_zero else 0)
+
+
+def _training(model: Architecture, batch: MicroBatch, setup: Setup) -> dict[str, float]:
+    """Forward and backward. Activations go as gradients come, so without accumulation the larger of the two counts; but not on
+    a CPU, where the heap keeps what is freed in pieces that do not fit what comes next."""
+    one = layer_bytes(model, batch, setup)
+    kept = model.layers * batch.tokens * model.hidden * (4 if setup.weight_bytes == 4 else 2) + one
+    activations = kept if setup.checkpointing else model.layers * one
+    gradients = gradient_bytes(model, setup)
+    found = {"activations": activations, "logits": logits_bytes(model, batch, setup)}
+    if setup.accumulates or setup.on_cpu:
+        found["gradients"] = gradients
+    else:
+        found["gradients beyond activations"] = max(0.0, gradients - activations)
+    if setup.shards_weights:
+        found["gathered weights"] = setup.compute_bytes * _gathered(model, setup)
+    elif setup.bf16 and not setup.is_zero and setup.adapter is None:
+        found["bfloat16 casts"] = 2 * model.in_linears  # autocast keeps them until backward is through
+    return {name: size for name, size in found.items() if size}
+
+
+def _gathered(model: Architecture, setup: Setup) -> int:
+    """Parameters that are whole at once. FSDP2: embeddings and head, the layer at work and the next one."""
+    if setup.parallelism == "zero3":
+        return min(ZERO_LIVE, model.parameters)
+    return model.parameters - model.layers * model.layer + 2 * model.layer
+
+
+def _stepping(model: Architecture, setup: Setup) -> dict[str, float]:
+    """The optimizer's step: gradients in float32 and temporaries, of one parameter at a time on a CPU, of all on a GPU."""
+    values, w = trained(model, setup), setup.processes
+    gradients = gradient_bytes(model, setup)
+    if setup.is_zero and setup.bf16:
+        gradients += 4 * values / w
+    share = values / w if setup.shards else values
+    together = min(model.largest, share) * 2 if setup.on_cpu or "fused" in setup.optimizer else share
+    return {"gradients": gradients, "optimizer's temporaries": 4 * together}
+
+
+def _generating(model: Architecture, setup: Setup, capacity: float) -> dict[str, float]:
+    """transformers' key-value cache, or a vLLM engine that was asleep."""
+    if setup.sampler == "hf":
+        return {"key-value cache": 2 * model.layers * model.key_value * setup.engine_bytes * setup.cached_tokens}
+    return {"vLLM": setup.utilization * capacity} if setup.sampler == "vllm" and setup.sleeps else {}
+
+
+def engine_needs(model: Architecture, setup: Setup, length: int) -> float:
+    """The least that a vLLM engine can do with: weights, its workspace, and the cache of one sequence of `length` tokens."""
+    cache = 2 * model.layers * model.key_value * setup.engine_bytes * length
+    return setup.engine_bytes * model.parameters + cache + VLLM_WORKSPACE
+
+
+def remedies(batch: MicroBatch, setup: Setup) -> Iterator[tuple[str, MicroBatch, Setup]]:
+    """Changes of settings that save memory, the cheapest first, each on top of those before."""
+    texts: list[str] = []
+
+    def with_(text: str) -> str:
+        texts.append(text)
+        return " ".join(f"--{t}" for t in texts)
+
+    if not setup.checkpointing:
+        setup = dataclasses.replace(setup, checkpointing=True)
+        yield with_("gradient_checkpointing true"), batch, setup
+    if setup.sampler == "vllm" and not setup.sleeps and not setup.overlaps:
+        setup = dataclasses.replace(setup, sleeps=True)
+        yield with_("sleep_level 1"), batch, setup
+    if setup.processes > 1 and not setup.shards_weights and setup.adapter is None:
+        setup = dataclasses.replace(setup, parallelism="zero3")
+        yield with_("parallelism zero3"), batch, setup
+    yield from _smaller(batch, setup, texts)
+
+
+def _smaller(batch: MicroBatch, setup: Setup, texts: list[str]) -> Iterator[tuple[str, MicroBatch, Setup]]:
+    before = " ".join(f"--{t}" for t in texts)
+    pairs = batch.pairs
+    setup = dataclasses.replace(setup, accumulates=setup.accumulates or pairs > 1)
+    while pairs > 1:
+        pairs = (pairs + 1) // 2
+        part = MicroBatch(pairs, *(n * pairs // batch.pairs for n in (batch.tokens, batch.keys, batch.scored)))
+        yield f"{before} --per_device_train_batch_size {pairs} (and more accumulation)".strip(), part, setup
+    if setup.adapter is None:
+        setup = dataclasses.replace(setup, adapter=Adapter())
+        yield "an adapter: a `*-lora` recipe", part if batch.pairs > 1 else batch, setup
+    if not setup.adapter.in_4bit:  # type: ignore[union-attr]
+        setup = dataclasses.replace(setup, adapter=dataclasses.replace(setup.adapter, in_4bit=True))  # type: ignore[type-var]
+        yield "an adapter on a base in 4 bits: --load_in_4bit true", part if batch.pairs > 1 else batch, setup
+
+
+def advice(model: Architecture, batch: MicroBatch, setup: Setup, capacity: float) -> str:
+    """The first change, or pile of changes, with which the run fits."""
+    for text, smaller, changed in remedies(batch, setup):
+        changed_plan = plan(model, smaller, changed, capacity)
+        if changed_plan.fits:
+            return f"{text}: {changed_plan.peak / GIB:.1f} GiB"
+    return "more processes, GPUs with more memory, or a smaller model; no other setting is enough"

@@ -1,0 +1,158 @@
+"""The plan of memory: its parts by hand, its activations against what autograd keeps, its sum against a process's peak."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from components.sapo import memory
+from components.sapo.memory import GIB, Adapter, MicroBatch, Setup
+from components.sapo.pair_forward import collate, response_logps, shared_prefix_attention
+from tests.benchmarks.shapes import Shape, make_pairs, save, smollm2_shape
+
+LLAMA = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+)
+SMALL = MicroBatch(pairs=1, tokens=100, keys=100, scored=50)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return memory.architecture(LLAMA)
+
+
+def test_sizes_come_from_the_config_alone(llama):
+    assert llama.parameters == 8_030_261_248  # as published for Meta-Llama-3-8B
+    assert llama.head == 128256 * 4096
+    assert llama.layer * 32 + 2 * llama.head + 4096 == llama.parameters
+
+
+def test_each_way_of_sharding_by_hand(llama):
+    p, dpo = llama.parameters, Setup(processes=8, sampler=None)
+    weights = {way: memory._weights(llama, dataclasses.replace(dpo, parallelism=way)) for way in ("ddp", "zero2")}
+    weights |= {way: memory._weights(llama, dataclasses.replace(dpo, parallelism=way)) for way in ("zero3", "fsdp2")}
+    assert weights["ddp"]["weights"] == weights["ddp"]["EMA"] == weights["ddp"]["reference"] == 4 * p
+    assert weights["zero2"]["weights"] == 2 * p
+    assert weights["zero3"]["weights"] == 2 * p / 8
+    assert weights["fsdp2"]["weights"] == 4 * p / 8
+    assert [weights[way]["float32 masters"] for way in weights] == [0, 4 * p / 8, 4 * p / 8, 0]
+    assert all(weights[way]["EMA"] == weights[way]["optimizer"] == 4 * p / 8 for way in ("zero2", "zero3", "fsdp2"))
+
+
+def test_an_adapter_spares_what_is_kept_for_trained_weights(llama):
+    adapter = Adapter(rank=16, targets=("q_proj", "v_proj"))
+    assert adapter.parameters(llama) == 16 * 32 * ((4096 + 4096) + (4096 + 1024))
+    whole = memory._weights(llama, Setup(optimizer="adamw_torch", sampler=None))
+    lora = memory._weights(llama, Setup(optimizer="adamw_torch", sampler=None, adapter=adapter))
+    kept = ("optimizer", "EMA", "reference")
+    assert sum(lora[name] for name in kept) < sum(whole[name] for name in kept) / 100
+    assert 15 < lora["weights"] / 1e9 < 17  # the base in bfloat16
+    in_4bit = dataclasses.replace(adapter, in_4bit=True)
+    assert memory._weights(llama, Setup(sampler=None, adapter=in_4bit))["weights"] < 7e9
+
+
+def test_a_run_that_does_not_fit_is_told_what_to_change(llama):
+    batch = memory.micro_batch(8, 1348, 700, 222, from_divergence=True, packed=True)
+    setup = Setup(processes=8, parallelism="ddp", sampler="vllm")
+    assert not memory.plan(llama, batch, setup, 80e9).fits
+    text = memory.advice(llama, batch, setup, 80e9)
+    assert text.startswith("--gradient_checkpointing true --sleep_level 1 --parallelism zero3: ")
+    changed = dataclasses.replace(setup, parallelism="zero3", checkpointing=True, sleeps=True)
+    assert memory.plan(llama, batch, changed, 80e9).fits
+    assert "no other setting is enough" in memory.advice(llama, batch, setup, 1e9)
+
+
+def test_the_peak_is_that_of_the_fullest_moment(llama):
+    planned = memory.plan(llama, SMALL, Setup(sampler="vllm", utilization=0.5), 80e9)
+    always = sum(planned.always.values())
+    assert planned.always["vLLM"] == 40e9
+    fullest = max(sum(planned.train.values()), sum(planned.step.values()))
+    assert planned.peak == pytest.approx((always + fullest) * 1.05 + 1.5 * GIB)
+    asleep = memory.plan(llama, SMALL, Setup(sampler="vllm", utilization=0.5, sleeps=True), 80e9)
+    assert asleep.peak < planned.peak - 30e9
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_activations_are_what_autograd_keeps(bf16):
+    shape = Shape(pairs=2, prompt=(60, 60), response=(50, 50), segment=(24, 24))
+    pairs = make_pairs(shape)
+    batch = collate(pairs, 0, share=True, from_divergence=True)
+    one, two = (_kept(smollm2_shape(layers, vocabulary=1000), batch, bf16) for layers in (1, 2))
+    keys = sum(2 * span.prefix + span.chosen + span.rejected for span in batch.spans)
+    sizes = MicroBatch(2, batch.model_inputs["input_ids"].numel(), keys, len(batch.targets))
+    model = memory.architecture(smollm2_shape(1, vocabulary=1000).config)
+    planned = memory.layer_bytes(model, sizes, Setup(bf16=bf16, on_cpu=True))
+    assert planned == pytest.approx(two - one, rel=0.05)
+
+
+def _kept(model, batch, bf16):
+    """Bytes kept for backward; not parameters, nor their casts."""
+    weights = {p.shape for p in model.parameters()} | {p.t().shape for p in model.parameters() if p.dim() == 2}
+    kept = {}
+
+    def note(tensor):
+        if tensor.shape not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16), hooks, shared_prefix_attention(model):
+        response_logps(model, batch).sum()
+    return sum(size for size, _ in kept.values())
+
+
+CHILD = """
+import json, sys, tempfile
+import numpy as np
+from pathlib import Path
+from components.common.models import load_model, load_tokenizer
+from components.common.training import stage_arguments
+from components.sapo.config import SAPOConfig
+from components.sapo.trainer import SAPOTrainer
+from transformers import AutoConfig
+from components.sapo.plan import Node, _batch, _setup
+from components.sapo import memory
+
+def status(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name + ":")) * 1024
+
+directory, checkpointing = sys.argv[1], sys.argv[2] == "true"
+random = np.random.default_rng(0)
+rows = [{"id": str(i), "prompt_ids": random.integers(5, 999, 200).tolist(), "chosen_ids": random.integers(5, 999, 100).tolist()}
+        for i in range(4)]
+output = tempfile.mkdtemp()
+stage_arguments(Path(output))
+args = SAPOConfig(output_dir=output, per_device_train_batch_size=2, segment_length=64, max_new_tokens=16, max_steps=2,
+                  save_strategy="no", report_to="none", bf16=False, use_cpu=True, gradient_checkpointing=checkpointing,
+                  disable_tqdm=True)
+tokenizer = load_tokenizer(directory)
+before = status("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # the peak is counted from here
+SAPOTrainer(load_model(directory, "float32"), args, rows, processing_class=tokenizer).train()
+model = memory.architecture(AutoConfig.from_pretrained(directory))
+planned = memory.plan(model, _batch(rows, args, True), _setup(rows, args, Node(use_cpu=True), True), 1e12)
+print(json.dumps({"measured": status("VmHWM") - before, "planned": planned.peak}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_the_plan_of_smollm2_is_near_its_measured_peak(checkpointing, tmp_path):
+    save(smollm2_shape(), str(tmp_path))
+    command = [sys.executable, "-c", CHILD, str(tmp_path), checkpointing]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["planned"] == pytest.approx(found["measured"], rel=0.15)
