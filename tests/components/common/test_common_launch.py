@@ -19,7 +19,7 @@ from tests.conftest import chat_rows
 
 # Of float32 sums in another order, after Adam's steps of 1e-3.
 TOLERANCE = 2e-6
-# The same global batch in one process. ORPO has L_SFT as a mean over the tokens of a micro-batch: there it comes in the same halves.
+# The same global batch in one process. L_SFT of ORPO is a mean over the tokens of a micro-batch, so there it comes in halves.
 WHOLE = {"per_device_train_batch_size": 8}
 HALVES = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
 COMMON = {

@@ -86,7 +86,8 @@ def test_model_without_a_chat_template(tmp_path, chat_data, micro_model):
 
 
 def test_empty_data_set(tmp_path, micro_model):
-    (tmp_path / "train.jsonl").write_text("")
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("")
     with pytest.raises(UserError, match=r"train\.jsonl: holds no row"):
         main(flags(data=tmp_path, model=micro_model, output=tmp_path / "out"))
 
