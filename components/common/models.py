@@ -2,6 +2,8 @@
 
 import hashlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,19 @@ def load_model(model: str, dtype: torch.dtype | str = "auto", **options: Any) ->
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:
         raise UserError(f"--model {model}: its weights cannot be loaded: {_one_line(error)}") from error
+
+
+@contextmanager
+def whole_models() -> Iterator[None]:
+    """Models made within the block are whole where ZeRO-3 would shard each as it is made."""
+    from transformers.integrations import deepspeed
+
+    sharding = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = sharding
 
 
 def _one_line(error: Exception) -> str:

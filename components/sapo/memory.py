@@ -29,6 +29,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from components.common.models import whole_models
 from components.sapo.pair_forward import CHUNK
 
 GIB = 2**30
@@ -77,7 +78,7 @@ class Architecture:
 
 def architecture(model_config: Any) -> Architecture:
     """The sizes of a model that a Hugging Face config describes, without memory for it."""
-    with torch.device("meta"):
+    with whole_models(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
     text = model_config.get_text_config()
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -36,7 +36,7 @@ from transformers.trainer_utils import TrainOutput
 
 from components.common.chat_templates import EncodedRow, encode_rows
 from components.common.errors import UserError
-from components.common.models import load_model, load_tokenizer, stop_ids
+from components.common.models import load_model, load_tokenizer, stop_ids, whole_models
 from components.common.processes import is_first, of_all, sum_over_all
 from components.common.samplers import Canary, Sampler, SamplingSettings, make_canary
 from components.common.samplers.hf import HFSampler
@@ -584,7 +584,8 @@ class SAPOTrainer(Trainer):
         """Writes the trained policy as a plain Hugging Face directory, one parameter at a time; all processes call this."""
         if self.args.use_peft and self.args.merge_adapter:
             if is_first():
-                base = load_model(str(self.policy.name_or_path))
+                with whole_models():
+                    base = load_model(str(self.policy.name_or_path))
                 merge_into(base, self.policy)
                 base.save_pretrained(output)
         elif self.layout.sharded:
@@ -732,15 +733,8 @@ def _unsharded(model: PreTrainedModel, args: SAPOConfig) -> nn.Module:
     dtype = getattr(torch, args.engine_dtype())
     if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return frozen_copy(model).to(args.device, dtype)
-    # ZeRO-3 has sharded the model as it was loaded, and would shard this one too.
-    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
-
-    assert args.deepspeed_plugin is not None
-    unset_hf_deepspeed_config()
-    try:
+    with whole_models():  # ZeRO-3 has sharded the policy as it was loaded
         whole = load_model(str(model.name_or_path), dtype)
-    finally:
-        set_hf_deepspeed_config(args.deepspeed_plugin.dschf)
     return whole.requires_grad_(False).eval().to(args.device)
 
 
