@@ -136,6 +136,7 @@ def _run(stage: Any, settings: Any, tokenizer: Any, train: Any, held_out: Any, f
         run.run()
     except StoppedError as place:
         logger.info("stopped (%s) and saved; the same command goes on from there", place)
+        leave()
         sys.exit(TERMINATED)
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -8,7 +8,8 @@ import sys
 import time
 
 import pytest
-from spin_runs import equal_weights
+import torch
+from spin_runs import equal_weights, weights
 
 from components.common.errors import UserError
 from components.common.models import load_tokenizer
@@ -187,3 +188,20 @@ def test_a_terminated_process_goes_on_to_the_same_weights(tmp_path, chat_data, m
     assert last.returncode == 0, said
     assert equal_weights(tmp_path / "whole", tmp_path / "cut")
     assert json.loads((tmp_path / "cut" / "training" / "summary.json").read_text())["steps"] == 90
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_weights_of_one(tmp_path, chat_data, micro_model):
+    """Responses are the same whichever process writes them, and each step has the same pairs."""
+    same = [*SETTINGS, *flags(train_rows=16, eval_rows=0, use_cpu="true", optim="adamw_torch")]
+    places = {"data": chat_data, "model": micro_model}
+    alone = flags(output=tmp_path / "one", per_device_train_batch_size=8, sampler_batch_size=8)
+    main([*flags(**places), *same, *alone])
+    halves = flags(output=tmp_path / "two", per_device_train_batch_size=4, sampler_batch_size=4, num_processes=2)
+    command = [sys.executable, "-m", "components.spin", *flags(**places), *same, *halves, "--parallelism", "zero3"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert not equal_weights(tmp_path / "one", micro_model)
+    mine, theirs = weights(tmp_path / "two"), weights(tmp_path / "one")
+    for name, expected in theirs.items():
+        torch.testing.assert_close(mine[name], expected, rtol=0, atol=2e-6)
