@@ -127,13 +127,11 @@ class MicroBatch:
     Args:
         pairs: how many.
         tokens: that the model computes: prompt and A once, then the rest of both responses.
-        keys: that the CPU's attention copies: each branch has those of the prefix before its own.
         scored: that reach the vocabulary.
     """
 
     pairs: int
     tokens: int
-    keys: int
     scored: int
 
 
@@ -148,10 +146,10 @@ def micro_batch(pairs: int, prompt: int, response: int, shared: int, from_diverg
     """
     own = 2 * (response - shared)
     if not packed:
-        return MicroBatch(pairs, 2 * pairs * (prompt + response), 0, pairs * (own + 2 * shared * (not from_divergence)))
+        return MicroBatch(pairs, 2 * pairs * (prompt + response), pairs * (own + 2 * shared * (not from_divergence)))
     prefix = prompt + shared
     scored = own + (0 if from_divergence else shared)
-    return MicroBatch(pairs, pairs * (prefix + own), pairs * (2 * prefix + own), pairs * scored)
+    return MicroBatch(pairs, pairs * (prefix + own), pairs * scored)
 
 
 @dataclass(frozen=True)
@@ -300,23 +298,20 @@ def gradient_bytes(model: Architecture, setup: Setup) -> float:
 
 
 def layer_bytes(model: Architecture, batch: MicroBatch, setup: Setup) -> float:
-    """What one decoder layer keeps for backward.
+    """What one decoder layer keeps for backward, with the lean layers of `lean_layers.py`.
 
-    For each token: in and after each of the two norms the residual stream (float32 where the norm computes), its normalised
-    form and the norm's output; query, key and value; what attention gives, once as it keeps it and once as the output
-    projection does; gate and up. The CPU's attention also keeps the keys and values that it copies for each branch; under
-    autocast it casts keys after they were expanded to the query heads. A layer with adapters keeps the gated product and its
-    activation too.
+    For each token: the residual stream before each of the two norms (float32 where the norm computes) and the norms' outputs;
+    query, key and value; what attention gives (on a GPU also as the output projection reads it); gate and up. A layer whose
+    weights are sharded or have adapters is not lean: it keeps the MLP's product and activation too, and, sharded, the norms'
+    quotients.
     """
     c = setup.compute_bytes
-    normalised = 2 if setup.is_zero and setup.bf16 else 4
-    norms = 2 * model.hidden * (4 + normalised + c)
-    expanded = setup.on_cpu and setup.bf16 and not setup.is_zero
-    pair = model.key_value + (model.attention if expanded else model.key_value)  # a key and a value
-    attention = c * (3 * model.attention + pair)
-    mlp = c * model.intermediate * (2 if setup.adapter is None else 4)
-    copied = c * pair * batch.keys if setup.on_cpu else 0
-    return batch.tokens * (norms + attention + mlp) + copied
+    quotient = (2 if setup.is_zero and setup.bf16 else 4) if setup.shards_weights else 0
+    norms = 2 * model.hidden * (4 + quotient + c)
+    attention = c * ((2 if setup.on_cpu else 3) * model.attention + 2 * model.key_value)
+    lean = setup.adapter is None and not setup.shards_weights
+    mlp = c * model.intermediate * (2 if lean else 4)
+    return batch.tokens * (norms + attention + mlp)
 
 
 def logits_bytes(model: Architecture, batch: MicroBatch, setup: Setup) -> float:
@@ -403,7 +398,7 @@ def _smaller(batch: MicroBatch, setup: Setup, texts: list[str]) -> Iterator[tupl
     setup = dataclasses.replace(setup, accumulates=setup.accumulates or pairs > 1)
     while pairs > 1:
         pairs = (pairs + 1) // 2
-        part = MicroBatch(pairs, *(n * pairs // batch.pairs for n in (batch.tokens, batch.keys, batch.scored)))
+        part = MicroBatch(pairs, batch.tokens * pairs // batch.pairs, batch.scored * pairs // batch.pairs)
         yield f"{before} --per_device_train_batch_size {pairs} (and more accumulation)".strip(), part, setup
     if setup.adapter is None:
         setup = dataclasses.replace(setup, adapter=Adapter())

@@ -23,7 +23,7 @@ LLAMA = LlamaConfig(
     num_attention_heads=32,
     num_key_value_heads=8,
 )
-SMALL = MicroBatch(pairs=1, tokens=100, keys=100, scored=50)
+SMALL = MicroBatch(pairs=1, tokens=100, scored=50)
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +88,7 @@ def test_activations_are_what_autograd_keeps(bf16):
     pairs = make_pairs(shape)
     batch = collate(pairs, 0, share=True, from_divergence=True)
     one, two = (_kept(smollm2_shape(layers, vocabulary=1000), batch, bf16) for layers in (1, 2))
-    keys = sum(2 * span.prefix + span.chosen + span.rejected for span in batch.spans)
-    sizes = MicroBatch(2, batch.model_inputs["input_ids"].numel(), keys, len(batch.targets))
+    sizes = MicroBatch(2, batch.model_inputs["input_ids"].numel(), len(batch.targets))
     model = memory.architecture(smollm2_shape(1, vocabulary=1000).config)
     planned = memory.layer_bytes(model, sizes, Setup(bf16=bf16, on_cpu=True))
     assert planned == pytest.approx(two - one, rel=0.05)
