@@ -18,7 +18,7 @@ from components.common.errors import UserError
 from components.common.samplers import SamplingSettings
 from components.common.samplers.hf import HFSampler
 from components.common.samplers.vllm import VLLMSampler, import_vllm
-from components.sapo.ema import EMA, frozen_copy
+from components.sapo.ema import EMA, frozen_copy, weights_of
 from components.sapo.losses import dpo_loss
 from components.sapo.pair_forward import PairIds, collate, response_logps
 from tests.benchmarks.harness import Result, Side, compare_apart, speed
@@ -97,11 +97,12 @@ class Ours:
         self, model: LlamaForCausalLM, pairs: list[PairIds], dtype: torch.dtype, engine: VLLMSampler | None = None
     ) -> None:
         self.model, self.pairs, self.dtype, self.engine = model, pairs, dtype, engine
-        self.ema = EMA(model, 0.5, served_dtype=None if dtype == torch.float32 else dtype)
+        average = frozen_copy(model)
+        self.served: Any = average if dtype == torch.float32 else frozen_copy(model).to(dtype)
+        self.ema = EMA(weights_of(average), 0.5, None if self.served is average else weights_of(self.served))
         self.reference = frozen_copy(model)
         self.optimizer = torch.optim.RMSprop(model.parameters(), lr=5e-7)
-        served: Any = self.ema.served
-        self.sampler = HFSampler(served, SETTINGS, pad_id=0)
+        self.sampler = HFSampler(self.served, SETTINGS, pad_id=0)
 
     def loss(self, pairs: list[PairIds]) -> Tensor:
         batch = collate(pairs, pad_id=0, share=True, from_divergence=True)
@@ -118,9 +119,9 @@ class Ours:
         self.loss(pairs).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.ema.update(self.model)
+        self.ema.update(weights_of(self.model))
         if self.engine:
-            self.engine.load(self.ema.served.named_parameters(), self.ema.version)
+            self.engine.load(self.served.named_parameters(), self.ema.version)
 
 
 class Plain:

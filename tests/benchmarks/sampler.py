@@ -22,7 +22,7 @@ from transformers import LlamaForCausalLM, PrinterCallback
 from components.common.errors import UserError
 from components.common.samplers import SamplingSettings, make_canary
 from components.common.samplers.hf import HFSampler
-from components.sapo.ema import copy_weights, frozen_copy
+from components.sapo.ema import copy_weights, frozen_copy, weights_of
 from tests.benchmarks.harness import Measured, Result, compare, speed
 from tests.benchmarks.shapes import dtype_name, precisions, save, smollm2_shape
 
@@ -88,9 +88,10 @@ def generation(model: LlamaForCausalLM, vllm: Any, shapes: list[tuple[int, int, 
 
 
 def push(model: LlamaForCausalLM, vllm: Any, quick: bool) -> list[Result]:
-    twin, canary = frozen_copy(model), make_canary(model, list(range(5, 21)))
+    weights, twin = weights_of(model), weights_of(frozen_copy(model))
+    canary = make_canary(model, list(range(5, 21)))
     memcpy, ours = compare(
-        [lambda: copy_weights(model, twin), lambda: vllm.load(model.named_parameters(), 1, canary)], 3 if quick else 7
+        [lambda: copy_weights(weights, twin), lambda: vllm.load(model.named_parameters(), 1, canary)], 3 if quick else 7
     )
     setting = f"{model.num_parameters() / 1e6:.0f}M parameters, {dtype_name(model.dtype)}, 1 thread; with its proof"
     return [speed("vLLM weight push", setting, "a copy of the weights", memcpy, ours)]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from components.sapo.ema import EMA, copy_weights
+from components.sapo.ema import EMA, copy_weights, frozen_copy, weights_of
 from components.sapo.replay_buffer import Entry, ReplayBuffer
 from components.sapo.segments import Segment
 from tests.benchmarks.harness import Result, compare, speed
@@ -21,8 +21,9 @@ def ema(quick: bool) -> list[Result]:
     With a bfloat16 copy for the sampler, against the same update and a copy after it.
     """
     policy = smollm2_shape(layers=4 if quick else 30)
-    plain, cast = EMA(policy, decay=0.5), EMA(policy, decay=0.5, served_dtype=torch.bfloat16)
-    naive = copy.deepcopy(policy)
+    weights, naive = weights_of(policy), copy.deepcopy(policy)
+    served = weights_of(frozen_copy(policy).to(torch.bfloat16))
+    plain, cast = EMA(weights_of(frozen_copy(policy)), 0.5), EMA(weights_of(frozen_copy(policy)), 0.5, served)
 
     @torch.no_grad()
     def loop() -> None:
@@ -30,12 +31,14 @@ def ema(quick: bool) -> list[Result]:
             mine.data = 0.5 * mine.data + 0.5 * theirs.data
 
     def two_passes() -> None:
-        plain.update(policy)
-        copy_weights(plain.model, cast.served)
+        plain.update(weights)
+        copy_weights(plain.average, served)
 
     repeats = 5 if quick else 15
-    peer, ours, memcpy = compare([loop, lambda: plain.update(policy), lambda: copy_weights(policy, naive)], repeats)
-    twice, once = compare([two_passes, lambda: cast.update(policy)], repeats)
+    peer, ours, memcpy = compare(
+        [loop, lambda: plain.update(weights), lambda: copy_weights(weights, weights_of(naive))], repeats
+    )
+    twice, once = compare([two_passes, lambda: cast.update(weights)], repeats)
     setting = f"{policy.num_parameters() / 1e6:.0f}M parameters, float32, {torch.get_num_threads()} threads"
     return [
         speed("EMA update", setting, "loop over parameters", peer, ours, memcpy.seconds),
