@@ -298,7 +298,7 @@ class Session:
         nothing here tells whether the launcher has got through.
         """
         bucket = bucket_of(self.values.get("executor_input"), str(output))
-        if bucket is None or (log is None and self.stage not in FOLDERS):
+        if bucket is None or log is None:
             return
         from components.common.storage.client import check_write, split
 
