@@ -9,6 +9,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= pipelines/runs/tiny.yaml
+# Processes that run tests side by side, file by file; a test takes one thread.
+WORKERS ?= 2
+PYTEST = $(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 # On Linux without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves gigabytes of CUDA libraries.
 TORCH_INDEX ?=
 INSTALL = $(VENV)/bin/python -m pip install -qq --constraint docker/constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
@@ -19,10 +22,10 @@ demo: $(VENV)/all
 	$(VENV)/bin/python -m pipelines run comparison --run $(RUN)
 
 test: check $(VENV)/vllm
-	$(VENV)/bin/python -m pytest
+	$(PYTEST)
 
 test-fast: $(VENV)/dev
-	$(VENV)/bin/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 check: $(VENV)/dev
 	$(VENV)/bin/ruff check .

@@ -7,6 +7,7 @@ parameters. Stages run in this process (importing torch for each would take minu
 
 import contextlib
 import importlib
+import importlib.util
 import io
 import re
 import shlex
@@ -28,7 +29,8 @@ ROOT = Path(__file__).parents[1]
 PARTS = ("components", "pipelines", "docker", "helm", "tests")
 READMES = [ROOT / "README.md", *sorted(path for part in PARTS for path in (ROOT / part).rglob("README.md"))]
 MARK = "<!-- runnable -->"
-STAGE = re.compile(r"python3? -m components\.(\w+)")
+STAGE = re.compile(r"python3? -m components\.(\w+)(?![\w.])")
+MODULE = re.compile(r"python3? -m (components\.\w+\.[\w.]+)")  # a tool of a stage
 PIPELINES = re.compile(r"python3? -m pipelines (\w+)")
 IMAGE = re.compile(r"ghcr\.io/sapo-pipelines/(\w+):\S+")
 
@@ -97,6 +99,8 @@ def arguments(command: str, after: re.Match[str]) -> list[str]:
 
 def wrong(command: str) -> list[str]:
     """What in a command does not exist."""
+    if match := MODULE.search(command):
+        return [] if importlib.util.find_spec(match[1]) else [f"module {match[1]}"]
     if match := STAGE.search(command):
         stage = match[1]
     elif match := IMAGE.search(command):

@@ -158,7 +158,7 @@ def test_help_shows_the_papers_values(loss, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": "nowhere"}, "train.jsonl: no such file"),
+        ({"data": "nowhere"}, "test.jsonl: no such file"),
         ({"model": "nowhere"}, "--model nowhere: no such file or directory"),
         ({"max_prompt_length": "2"}, "every prompt has 2 tokens or more"),
         ({"eval_strategy": "steps", "eval_steps": "1", "eval_rows": "0"}, "eval_strategy = steps needs held-out rows"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from components.common.conversations import read_rows
 from components.common.errors import UserError
 from components.common.models import load_model, load_tokenizer
 from components.sft.__main__ import main
@@ -83,7 +84,7 @@ def test_prompt_tokens_carry_no_loss(chat_data, micro_model):
     tokenizer = load_tokenizer(str(micro_model))
     stage = TrainingStageConfig(data=str(chat_data), model=str(micro_model), output="x")
     args = SFTSettings(output_dir="x", max_length=96, report_to="none")
-    row = _dataset(tokenizer, stage, args, "train", limit=1)[0][0]
+    row = _dataset(tokenizer, stage, args, read_rows(str(chat_data), "train")[:1])[0][0]
     text = tokenizer.decode([t for t, m in zip(row["input_ids"], row["completion_mask"], strict=True) if m])
     assert text == "I heard that my dog likes the old car, and we laughed.<|im_end|>"
 
@@ -99,7 +100,7 @@ def test_dry_run_prints_rows_tokens_and_steps_and_writes_nothing(tmp_path, chat_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"--data": "nowhere"}, "train.jsonl: no such file; --data must be a directory that the data stage wrote"),
+        ({"--data": "nowhere"}, "test.jsonl: no such file; --data must be a directory that the data stage wrote"),
         ({"--model": "nowhere"}, "--model nowhere: no such file or directory"),
         ({"--max_prompt_length": "2"}, "every prompt has 2 tokens or more"),
         ({"--eval_rows": "-1"}, "eval_rows = -1: must be 0 or more"),
