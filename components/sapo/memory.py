@@ -30,7 +30,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from components.common.models import whole_models
-from components.sapo.pair_forward import CHUNK
+from components.sapo.pair_forward import block_width
 
 GIB = 2**30
 # Values of optimizer state for each trained parameter, by the beginning of its name; 2 (Adam's) where none fits.
@@ -315,11 +315,10 @@ def layer_bytes(model: Architecture, batch: MicroBatch, setup: Setup) -> float:
 
 
 def logits_bytes(model: Architecture, batch: MicroBatch, setup: Setup) -> float:
-    """Of one chunk: logits as they are multiplied, in float32, and their gradient; and the gradient of the head, in float32."""
-    chunk = min(CHUNK, batch.scored) * model.vocabulary
-    values = 4 * chunk if not setup.bf16 else (2 + 4 + 2) * chunk
-    head = 4 * model.head if setup.adapter is None else 0
-    return values + head + (2 * model.head if setup.bf16 and not setup.is_zero else 0)
+    """Of one block of the vocabulary: logits as they are multiplied, in float32, and their gradient; and the head's gradient."""
+    block = batch.scored * block_width(batch.scored, model.vocabulary, not setup.on_cpu)
+    values = 4 * block if not setup.bf16 else (2 + 4 + 2) * block
+    return values + (setup.weight_bytes * model.head if setup.adapter is None else 0)
 
 
 def _training(model: Architecture, batch: MicroBatch, setup: Setup) -> dict[str, float]:

@@ -8,8 +8,8 @@ in one row without padding: linear layers run over all tokens at once, attention
 each branch over the prefix and itself, never over the other branch), and x A is computed once. Models whose attention
 cannot be swapped this way take the plain form, padded rows, with the same results to rounding.
 
-Only response tokens reach the vocabulary, in chunks that are computed again in backward, so that memory does not grow with
-the number of tokens times the vocabulary.
+Only response tokens reach the vocabulary, block by block of it, and backward computes each block's logits again, so that memory
+does not grow with the number of tokens times the vocabulary.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ logger = logging.getLogger(__name__)
 # Architectures whose attention is the plain one behind transformers' attention interface, and whose logits are the output
 # embeddings times the last hidden state, with nothing after.
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
-CHUNK = 256  # response tokens that are projected to the vocabulary together
+# Logits that exist at once: so many that they stay in a CPU's cache, or keep a GPU busy. A block of the vocabulary is at least
+# so wide that products are fast.
+LOGITS, LOGITS_ON_GPU, NARROWEST = 2**20, 2**25, 1024
+CHUNK = 256  # response tokens that go through a head that is not a plain linear layer together
 
 
 @dataclass(frozen=True)
@@ -242,10 +245,10 @@ def last_hidden_states(model: nn.Module, batch: PairBatch) -> Tensor:
 
 
 def chunked_logps(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
-    """log softmax(head(hidden)) at `targets`, (tokens,), float32; only one chunk of logits exists at a time.
+    """log softmax(head(hidden)) at `targets`, (tokens,), float32; only a part of the logits exists at a time.
 
-    Backward computes each chunk's logits again. A linear head is fused with the softmax; any other one (with a bias, quantised,
-    with an adapter) is called as it is.
+    Backward computes each part again. A linear head is fused with the softmax, in blocks of the vocabulary; any other one (with
+    a bias, quantised, with an adapter) is called as it is, on chunks of the tokens.
     """
     if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and head.bias is None:
         # Called as a module, once: where it is sharded, its weight is whole meanwhile.
@@ -270,7 +273,7 @@ def _recomputed(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
 
 
 class _FusedLogps(torch.autograd.Function):
-    """log softmax(hidden @ weight.T) at the targets, by chunks, in place in one buffer.
+    """log softmax(hidden @ weight.T) at the targets, by blocks of the vocabulary that stay in the processor's cache.
 
     With p = softmax(logits) and the incoming gradient g, one value a token:
         d logits = g (onehot(target) - p),   d hidden = d logits @ weight,   d weight = d logits.T @ hidden
@@ -279,51 +282,54 @@ class _FusedLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         """(tokens, size) in the type to multiply in, (vocab, size) in any, (tokens,) -> (tokens,) in float32."""
-        logps, lses, head = [], [], weight.to(hidden.dtype)
-        buffer = _logits_buffer(hidden, head)
-        for part, target in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
-            logits = torch.mm(part, head.t(), out=buffer[: len(part)]).float()
-            chosen = logits.gather(1, target.unsqueeze(1)).squeeze(1)
+        lses, chosen = [], hidden.new_zeros(len(hidden), dtype=torch.float32)
+        for block in _vocabulary_blocks(hidden, weight):
+            logits = _block_logits(hidden, weight[block])
+            rows, columns = _targets_within(block, targets)
+            chosen[rows] = logits[rows, columns]
             highest = logits.amax(dim=1, keepdim=True)
             lses.append(logits.sub_(highest).exp_().sum(dim=1).log_().add_(highest.squeeze(1)))
-            logps.append(chosen - lses[-1])
-        # The weight as it is, not its cast copy: a copy as large as the head would be held until backward.
-        ctx.save_for_backward(hidden, weight, targets, torch.cat(lses))
-        return torch.cat(logps)
+        lse = torch.stack(lses).logsumexp(dim=0)
+        ctx.save_for_backward(hidden, weight, targets, lse)
+        return chosen - lse
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        hidden, weight, targets, lses = ctx.saved_tensors
-        head = weight.to(hidden.dtype)
-        d_hidden, buffer = torch.empty_like(hidden), _logits_buffer(hidden, head)
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for low in range(0, len(hidden), CHUNK):
-            part = slice(low, low + CHUNK)
-            gradient = gradients[0][part]
-            logits = torch.mm(hidden[part], head.t(), out=buffer[: len(gradient)]).float()
-            d_logits = logits.sub_(lses[part].unsqueeze(1)).exp_()
-            d_logits.mul_(-gradient.unsqueeze(1))
-            d_logits[torch.arange(len(gradient), device=gradient.device), targets[part]] += gradient
-            d_logits = d_logits.to(head.dtype)
-            torch.mm(d_logits, head, out=d_hidden[part])
+        hidden, weight, targets, lse = ctx.saved_tensors
+        gradient = gradients[0]
+        d_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        for block in _vocabulary_blocks(hidden, weight):
+            d_logits = _block_logits(hidden, weight[block]).sub_(lse.unsqueeze(1)).exp_().mul_(-gradient.unsqueeze(1))
+            rows, columns = _targets_within(block, targets)
+            d_logits[rows, columns] += gradient[rows]
+            d_logits = d_logits.to(hidden.dtype)
+            d_hidden += d_logits @ weight[block].to(hidden.dtype)
             if d_weight is not None:
-                _add_product(d_weight, d_logits, hidden[part])
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None
+                d_weight[block] = d_logits.t() @ hidden
+        return d_hidden.to(hidden.dtype), d_weight, None
 
 
-def _logits_buffer(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Room for one chunk's logits, used again for every chunk: fresh memory costs as much as the arithmetic in it."""
-    return hidden.new_empty(min(CHUNK, len(hidden)), len(weight))
+def block_width(tokens: int, vocabulary: int, on_gpu: bool) -> int:
+    """Entries of the vocabulary whose logits exist at once for `tokens` tokens."""
+    limit = LOGITS_ON_GPU if on_gpu else LOGITS
+    return min(max(limit // max(tokens, 1), NARROWEST), vocabulary)
 
 
-def _add_product(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
-    """total += d_logits.T @ hidden, summed in float32: (vocab, size), (tokens, vocab), (tokens, size)."""
-    if d_logits.dtype == torch.float32:
-        total.addmm_(d_logits.t(), hidden)
-        return
-    for low in range(0, len(total), 8192):  # parts of the vocabulary, so that no product is as large as the head
-        rows = slice(low, low + 8192)
-        total[rows] += d_logits[:, rows].t() @ hidden
+def _vocabulary_blocks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+    size = block_width(len(hidden), len(weight), hidden.is_cuda)
+    return (slice(low, min(low + size, len(weight))) for low in range(0, len(weight), size))
+
+
+def _block_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """(tokens, size), (block, size) -> (tokens, block), float32, multiplied in the type of `hidden`."""
+    return (hidden @ weight.to(hidden.dtype).t()).float()
+
+
+def _targets_within(block: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows whose target lies in a block of the vocabulary, and its column there."""
+    rows = ((targets >= block.start) & (targets < block.stop)).nonzero().squeeze(1)
+    return rows, targets[rows] - block.start
 
 
 def token_logps(logits: Tensor, targets: Tensor) -> Tensor:

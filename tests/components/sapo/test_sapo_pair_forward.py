@@ -158,10 +158,12 @@ def test_other_architectures_are_padded_and_say_so(caplog):
     assert pair_forward.supports_shared_prefix(tiny("llama"))
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 512])
+@pytest.mark.parametrize("part", [1, 3, 512])
 @pytest.mark.parametrize("bias", [False, True], ids=["fused", "recomputed"])
-def test_chunks_equal_full_logits(monkeypatch, chunk, bias):
-    monkeypatch.setattr(pair_forward, "CHUNK", chunk)
+def test_parts_equal_full_logits(monkeypatch, part, bias):
+    monkeypatch.setattr(pair_forward, "CHUNK", part)  # tokens of any head
+    monkeypatch.setattr(pair_forward, "LOGITS", 0)
+    monkeypatch.setattr(pair_forward, "NARROWEST", part)  # entries of the vocabulary of a linear one
     torch.manual_seed(0)
     hidden, targets = torch.randn(10, 8, requires_grad=True), torch.randint(0, 50, (10,))
     head = torch.nn.Linear(8, 50, bias=bias)
