@@ -315,7 +315,7 @@ def layer_bytes(model: Architecture, batch: MicroBatch, setup: Setup) -> float:
 
 
 def logits_bytes(model: Architecture, batch: MicroBatch, setup: Setup) -> float:
-    """Of one block of the vocabulary: logits as they are multiplied, in float32, and their gradient; and the head's gradient."""
+    """Of one block of the vocabulary: logits as multiplied, in float32, and their gradient. And the gradient of the head."""
     block = batch.scored * block_width(batch.scored, model.vocabulary, not setup.on_cpu)
     values = 4 * block if not setup.bf16 else (2 + 4 + 2) * block
     return values + (setup.weight_bytes * model.head if setup.adapter is None else 0)
