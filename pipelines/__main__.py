@@ -27,7 +27,16 @@ import yaml
 from components.common.cli import prepare_output
 from components.common.errors import UserError
 from pipelines.methods import METHOD_LISTS, check_methods, select
-from pipelines.package import COMPILED, Package, check_recipes, own_data, package_names, read_package, run_arguments
+from pipelines.package import (
+    COMPILED,
+    Package,
+    check_keys,
+    check_recipes,
+    own_data,
+    package_names,
+    read_package,
+    run_arguments,
+)
 
 _RUN = """Run a compiled pipeline as processes of this Python environment (or in containers), one task after the other.
 
@@ -226,7 +235,9 @@ def _package_and_parameters(arguments: argparse.Namespace) -> tuple[Package, dic
     assignments = arguments.set
     if arguments.command != "trainjob" and arguments.data is not None:
         assignments = [*own_data(package, arguments.data, arguments.command), *assignments]
-    return package, _with_methods(package, run_arguments(package, arguments.run, assignments), arguments.only)
+    parameters = _with_methods(package, run_arguments(package, arguments.run, assignments), arguments.only)
+    check_keys(arguments.set)
+    return package, parameters
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -5,14 +5,14 @@ The function is long by its parameters alone (see `sapo.py`).
 
 from kfp import dsl
 
-from pipelines.cluster import Machine
+from pipelines.cluster import Machine, pipeline_config
 from pipelines.comparison import NO_SETTINGS, NO_TOLERATIONS, compare
 from pipelines.methods import methods_of_run
 
 VARIANTS = methods_of_run("ablation-tiny", "variants")
 
 
-@dsl.pipeline(name="ablation", display_name="SAPO: ablations")
+@dsl.pipeline(name="ablation", display_name="SAPO: ablations", pipeline_config=pipeline_config())
 def ablation(
     variants: list = VARIANTS,
     data_recipe: str = "chitchat-tiny",

@@ -14,8 +14,10 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
-from kfp import kubernetes
-from kfp.dsl import PipelineTask, pipeline_task
+from kfp import dsl, kubernetes
+from kfp.dsl import PipelineConfig, PipelineTask, WorkspaceConfig, pipeline_task
+from kfp.dsl.constants import WORKSPACE_MOUNT_PATH
+from kfp.dsl.pipeline_config import KubernetesWorkspaceConfig
 
 REGISTRY = "ghcr.io/sapo-pipelines"
 VERSION = "0.1.0"  # of this distribution; tests compare it with pyproject.toml
@@ -27,6 +29,16 @@ SHARED_MEMORY = "32Gi"
 CACHE_CLAIM = "sapo-model-cache"
 # Where the images keep every cache: the hub, wheels, compiled kernels. Their user, uid 1000, must be able to write there.
 CACHE = "/tmp/.cache"
+CACHES = {
+    "XDG_CACHE_HOME": ".cache",  # the hub, vLLM
+    "SAPO_CACHE": ".cache/sapo-pipelines",
+    "TORCHINDUCTOR_CACHE_DIR": ".cache/torchinductor",
+    "TRITON_CACHE_DIR": ".cache/triton",
+}
+# Size of a volume of each run, such as "200Gi", for the caches of stages that compute; it is made and removed with the run.
+# For namespaces where runs must not share the claim, or where it is slow. None: those stages use the claim too.
+WORKSPACE: str | None = None
+WORKSPACE_CLAIM = {"accessModes": ["ReadWriteMany"]}  # training and evaluation may run on different nodes
 # Environment of a stage: from a secret's key. Every one is optional to Kubernetes; the preflight stage says what a run lacks.
 SECRETS = {
     "hub": ("sapo-hub", {"token": "HF_TOKEN"}),
@@ -93,6 +105,20 @@ def image(stage: str) -> str:
     return f"{REGISTRY}/{stage}:{VERSION}"
 
 
+def pipeline_config() -> PipelineConfig | None:
+    """What a pipeline says of itself: the volume of each run, where there is one."""
+    if WORKSPACE is None:
+        return None
+    claim = KubernetesWorkspaceConfig(pvcSpecPatch=WORKSPACE_CLAIM)
+    return PipelineConfig(workspace=WorkspaceConfig(size=WORKSPACE, kubernetes=claim))
+
+
+def workspace() -> dict[str, str]:
+    """The input by which a stage that computes gets the run's volume: KFP mounts it where a parameter names its path. Never for
+    a stage whose steps are cached, because the volume's name, another for each run, would be part of the cache's key."""
+    return {"workspace": dsl.WORKSPACE_PATH_PLACEHOLDER} if WORKSPACE else {}
+
+
 def on_cluster(task: PipelineTask, stage: str, machine: Machine | None = None) -> PipelineTask:
     """Gives a task of that stage everything it needs on a cluster, and returns it.
 
@@ -112,7 +138,9 @@ def on_cluster(task: PipelineTask, stage: str, machine: Machine | None = None) -
     for secret in needs.secrets:
         kubernetes.use_secret_as_env(task, *SECRETS[secret], optional=True)
     kubernetes.use_config_map_as_env(task, *STORE, optional=True)
-    if needs.cache_volume:
+    if WORKSPACE and machine:
+        _use_workspace(task)
+    elif needs.cache_volume:
         kubernetes.mount_pvc(task, CACHE_CLAIM, CACHE)
     with mock.patch.object(pipeline_task, "inspect", SimpleNamespace(stack=_callers)):
         if machine is None:
@@ -130,6 +158,12 @@ def _callers() -> list[tuple[Any, ...]]:
         names.append((frame, frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
         frame = frame.f_back
     return names
+
+
+def _use_workspace(task: PipelineTask) -> None:
+    """Puts every cache into the run's volume; the images have them below `CACHE`."""
+    for variable, directory in CACHES.items():
+        task.set_env_variable(variable, f"{WORKSPACE_MOUNT_PATH}/{directory}")
 
 
 def _set_size(task: PipelineTask, needs: _Needs) -> None:

@@ -9,7 +9,7 @@ from kfp import dsl
 from kfp.dsl.for_loop import LoopArgumentVariable
 
 from pipelines import stages
-from pipelines.cluster import Machine, on_cluster
+from pipelines.cluster import Machine, on_cluster, pipeline_config, workspace
 from pipelines.methods import methods_of_run
 
 NO_SETTINGS: dict[str, Any] = {}
@@ -34,11 +34,12 @@ def compare(
     rows = on_cluster(_task("Data", stages.data, data), "data").after(checked)
     sft_rows = on_cluster(_task("Data for SFT", stages.data, sft_data), "data").after(checked)
     base = on_cluster(_task("Base model", stages.model, model, data=rows.outputs["data"]), "model")
-    inputs = {"data": sft_rows.outputs["data"], "model": base.outputs["model"], "gpus": trainer.gpus}
+    inputs = {"data": sft_rows.outputs["data"], "model": base.outputs["model"], "gpus": trainer.gpus, **workspace()}
     tuned = on_cluster(_task("SFT", stages.sft, sft, **inputs), "sft", trainer)
 
     def evaluate(trained: Any, name: Any, title: str) -> Any:
-        measured = _task(title, stages.evaluation, evaluation, data=rows.outputs["data"], model=trained, name=name)
+        inputs = {"data": rows.outputs["data"], "model": trained, "name": name, **workspace()}
+        measured = _task(title, stages.evaluation, evaluation, **inputs)
         return on_cluster(measured, "evaluation", evaluator).outputs["results"]
 
     base_results = evaluate(base.outputs["model"], "base", "Evaluation of base")
@@ -49,7 +50,7 @@ def compare(
     with dsl.ParallelFor(methods, parallelism=1, name="methods") as entry:
         fields = {key: LoopArgumentVariable(entry, key) for key in ("name", "stage", "start", "recipe", "settings")}
         models = {"base": base.outputs["model"], "sft": tuned.outputs["tuned"]}
-        trained = stages.train(data=rows.outputs["data"], **models, **fields, gpus=trainer.gpus)
+        trained = stages.train(data=rows.outputs["data"], **models, **fields, gpus=trainer.gpus, **workspace())
         on_cluster(trained.set_display_name("Training"), "train", trainer)
         results = evaluate(trained.outputs["model"], fields["name"], "Evaluation")
 
@@ -95,7 +96,9 @@ def _task(title: str, stage: Any, recipe: Recipe, **inputs: Any) -> Any:
     return stage(recipe=recipe[0], settings=recipe[1], **inputs).set_display_name(title)
 
 
-@dsl.pipeline(name="comparison", display_name="SAPO compared with SFT, DPO, ORPO and SPIN")
+@dsl.pipeline(
+    name="comparison", display_name="SAPO compared with SFT, DPO, ORPO and SPIN", pipeline_config=pipeline_config()
+)
 def comparison(
     methods: list = METHODS,
     data_recipe: str = "chitchat-tiny",

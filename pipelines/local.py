@@ -35,6 +35,7 @@ import yaml
 from google.protobuf import json_format, struct_pb2
 from kfp import local
 from kfp.compiler import pipeline_spec_builder
+from kfp.dsl.constants import WORKSPACE_MOUNT_PATH
 from kfp.local import (
     executor_input_utils,
     graph_utils,
@@ -348,6 +349,8 @@ class _Process:
     """
 
     def __init__(self, command: list[str], env_vars: dict[str, str]) -> None:
+        # Caches in a run's volume are for a cluster: here every run has the caches of its user.
+        here = {name: value for name, value in env_vars.items() if not value.startswith(WORKSPACE_MOUNT_PATH)}
         # Its own session: a terminal's Ctrl-C reaches only us, and the whole tree of a stage can be stopped at once.
         try:
             self._process = subprocess.Popen(
@@ -357,7 +360,7 @@ class _Process:
                 stderr=subprocess.STDOUT,
                 encoding="utf-8",
                 errors="replace",
-                env={**STAGE_ENVIRONMENT, **os.environ, "PYTHONUNBUFFERED": "1", **env_vars},
+                env={**STAGE_ENVIRONMENT, **os.environ, "PYTHONUNBUFFERED": "1", **here},
                 start_new_session=True,
             )
         except OSError as error:  # 127 is what a shell says of a command it cannot find

@@ -1,7 +1,11 @@
 """Reads a compiled package: its tasks, its parameters, and whether the arguments of a run fit them. Needs no kfp."""
 
 import difflib
+import functools
 import json
+import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +27,8 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "NUMBER_DOUBLE": ((int, float), "a number"),
     "BOOLEAN": ((bool,), "true or false"),
 }
-# Recipes that are called after their use and not after their stage.
-_STAGES = {"sft_data_recipe": "data", "sapo_dpo_recipe": "sapo", "sapo_orpo_recipe": "sapo"}
+# Recipes and settings that are called after their use and not after their stage.
+_STAGES = {"sft_data": "data", "sapo_dpo": "sapo", "sapo_orpo": "sapo"}
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ def check_recipes(package: Package, arguments: dict[str, Any]) -> None:
     for name, parameter in package.parameters.items():
         value = arguments.get(name, parameter.default)
         if name.endswith("_recipe"):
-            wanted.append((name, _STAGES.get(name, name.removesuffix("_recipe")), value))
+            wanted.append((name, stage_of(name), value))
         elif name in METHOD_LISTS:
             wanted += [(f"{name}: {entry['name']}: recipe", entry["stage"], entry["recipe"]) for entry in value]
     for where, stage, recipe in wanted:
@@ -149,6 +153,42 @@ def check_recipes(package: Package, arguments: dict[str, Any]) -> None:
             close = difflib.get_close_matches(recipe, recipe_names(stage), n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise UserError(f"{where} = {recipe!r}{hint} {str(error).partition(': ')[2]}") from error
+
+
+def check_keys(assignments: list[str]) -> None:
+    """Refuses `--set STAGE_settings.KEY=...` with a key that the stage does not take, before minutes of a run have passed.
+
+    The stage's own `--help` lists them, which takes seconds; where it cannot run, as without torch, the run will tell.
+
+    Raises:
+        UserError: naming the key, and the setting that is nearest.
+    """
+    for assignment in assignments:
+        name, dot, key = assignment.partition("=")[0].partition(".")
+        if not dot or not name.endswith("_settings"):
+            continue
+        stage = stage_of(name)
+        known = _settings(stage)
+        if known and key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise UserError(
+                f"--set {assignment}: unknown setting {key!r} of the {stage} stage; {hint}"
+                f"`python -m components.{stage} --help` lists every setting"
+            )
+
+
+@functools.cache
+def _settings(stage: str) -> list[str]:
+    command = [sys.executable, "-m", f"components.{stage}", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=False)
+    return re.findall(r"^  --(\w+) ", shown.stdout, re.MULTILINE) if shown.returncode == 0 else []
+
+
+def stage_of(parameter: str) -> str:
+    """The stage that a parameter such as `sapo_dpo_settings` or `data_recipe` is for."""
+    use = parameter.removesuffix("_recipe").removesuffix("_settings")
+    return _STAGES.get(use, use)
 
 
 def own_data(package: Package, place: str, command: str) -> list[str]:

@@ -7,11 +7,13 @@ and docstring, so that the three pipelines cannot share theirs. What they do is 
 from kfp import dsl
 
 from pipelines import stages
-from pipelines.cluster import Machine, on_cluster
+from pipelines.cluster import Machine, on_cluster, pipeline_config, workspace
 from pipelines.comparison import NO_SETTINGS, NO_TOLERATIONS, check_first
 
 
-@dsl.pipeline(name="sapo", display_name="SAPO: self-augmented preference optimization")
+@dsl.pipeline(
+    name="sapo", display_name="SAPO: self-augmented preference optimization", pipeline_config=pipeline_config()
+)
 def sapo(
     data_recipe: str = "chitchat-tiny",
     data_settings: dict = NO_SETTINGS,
@@ -78,7 +80,7 @@ def sapo(
 
     base = stages.model(data=conversations, recipe=model_recipe, settings=model_settings)
     on_cluster(base.set_display_name("Base model"), "model")
-    inputs = {"data": conversations, "model": base.outputs["model"], "gpus": gpus}
+    inputs = {"data": conversations, "model": base.outputs["model"], "gpus": gpus, **workspace()}
     tuned = stages.sft(**inputs, recipe=sft_recipe, settings=sft_settings)
     on_cluster(tuned.set_display_name("SFT"), "sft", trainer)
 
@@ -87,7 +89,7 @@ def sapo(
         ("dpo", sapo_dpo_recipe, sapo_dpo_settings),
         ("orpo", sapo_orpo_recipe, sapo_orpo_settings),
     ):
-        inputs = {"data": conversations, "model": tuned.outputs["tuned"], "gpus": gpus}
+        inputs = {"data": conversations, "model": tuned.outputs["tuned"], "gpus": gpus, **workspace()}
         aligned[loss] = stages.sapo(**inputs, name=f"sapo-{loss}", recipe=recipe, settings=settings)
         on_cluster(aligned[loss].set_display_name(f"SAPO ({loss.upper()} loss)"), "sapo", trainer)
 
@@ -100,7 +102,12 @@ def sapo(
     results = {}
     for name, model in models.items():
         measured = stages.evaluation(
-            data=conversations, model=model, name=name, recipe=evaluation_recipe, settings=evaluation_settings
+            data=conversations,
+            model=model,
+            name=name,
+            recipe=evaluation_recipe,
+            settings=evaluation_settings,
+            **workspace(),
         )
         on_cluster(measured.set_display_name(f"Evaluation of {name}"), "evaluation", evaluator)
         results[name] = measured.outputs["results"]

@@ -133,6 +133,7 @@ def sft(
     tuned: Output[Model],
     training_log: Output[Artifact],
     metrics: Output[Metrics],
+    workspace: str = "",
 ) -> dsl.ContainerSpec:
     """Supervised fine-tuning on the chosen responses.
 
@@ -142,6 +143,7 @@ def sft(
         recipe: Recipe of the sft stage: a name such as `tiny`, or a path.
         settings: Settings laid over the recipe, such as {"max_steps": 100}.
         gpus: GPUs of the pod, each for a process of its own; "0" is one process on the CPU.
+        workspace: Directory of the run's volume; naming it mounts it. Empty: there is none.
 
     Returns:
         tuned: The fine-tuned model, a Hugging Face directory.
@@ -164,6 +166,7 @@ def sapo(
     aligned: Output[Model],
     training_log: Output[Artifact],
     metrics: Output[Metrics],
+    workspace: str = "",
 ) -> dsl.ContainerSpec:
     """Self-Augmented Preference Optimization: the model makes its own rejected segments while it trains.
 
@@ -174,6 +177,7 @@ def sapo(
         recipe: Recipe of the sapo stage: a name such as `tiny-dpo`, or a path.
         settings: Settings laid over the recipe, such as {"segment_length": 128}.
         gpus: GPUs of the pod, each for a process of its own; "0" is one process on the CPU.
+        workspace: Directory of the run's volume; naming it mounts it. Empty: there is none.
 
     Returns:
         aligned: The aligned model, a Hugging Face directory.
@@ -199,6 +203,7 @@ def train(
     model: Output[Model],
     training_log: Output[Artifact],
     metrics: Output[Metrics],
+    workspace: str = "",
 ) -> dsl.ContainerSpec:
     """One method of a comparison: any training stage, from the base or the fine-tuned model.
 
@@ -212,6 +217,7 @@ def train(
         recipe: Recipe of that stage: a name such as `tiny-dpo`, or a path.
         settings: Settings laid over the recipe, a mapping as JSON.
         gpus: GPUs of the pod, each for a process of its own; "0" is one process on the CPU.
+        workspace: Directory of the run's volume; naming it mounts it. Empty: there is none.
 
     Returns:
         model: The trained model, a Hugging Face directory.
@@ -234,6 +240,7 @@ def evaluation(
     settings: dict,
     results: Output[Artifact],
     metrics: Output[Metrics],
+    workspace: str = "",
 ) -> dsl.ContainerSpec:
     """Measures a model on held-out conversations and on the benchmarks of its recipe.
 
@@ -243,6 +250,7 @@ def evaluation(
         name: What the report calls this model.
         recipe: Recipe of the evaluation stage: a name such as `held-out-tiny`, or a path.
         settings: Settings laid over the recipe, such as {"seed": 1}.
+        workspace: Directory of the run's volume; naming it mounts it. Empty: there is none.
 
     Returns:
         results: Directory with results.json and held_out/samples.jsonl.

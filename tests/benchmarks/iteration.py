@@ -5,7 +5,6 @@ logits, an EMA parameter by parameter.
 """
 
 import copy
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -14,15 +13,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from components.common.errors import UserError
 from components.common.samplers import SamplingSettings
 from components.common.samplers.hf import HFSampler
-from components.common.samplers.vllm import VLLMSampler, import_vllm
 from components.sapo.ema import EMA, frozen_copy, weights_of
 from components.sapo.losses import dpo_loss
 from components.sapo.pair_forward import PairIds, collate, response_logps
 from tests.benchmarks.harness import Result, Side, compare_apart, speed
-from tests.benchmarks.shapes import Shape, dtype_name, make_pairs, precisions, save, smollm2_shape
+from tests.benchmarks.shapes import Shape, dtype_name, make_pairs, precisions, smollm2_shape
 
 SEGMENT = 64
 SETTINGS = SamplingSettings(0.7, 50, 0.95, frozenset({2}))
@@ -32,28 +29,19 @@ SHAPE = Shape(pairs=8, prompt=(150, 300), response=(120, 200), segment=(SEGMENT,
 
 
 def whole_iteration(quick: bool) -> list[Result]:
-    """DPO on eight pairs of a 512-token window with 64-token segments, no pair scored before by the reference."""
+    """DPO on eight pairs of a 512-token window with 64-token segments, no pair scored before by the reference.
+
+    Both sides sample with transformers' generate; `sampler` compares that with vLLM.
+    """
     results = []
     for dtype in precisions(quick):
         check_losses(dtype)
-        # Each sampler in one precision: the plain side and ours with both samplers need more than 24 GiB together.
-        with_vllm = dtype == torch.bfloat16 and not quick and vllm_is_installed()  # it takes long to start
-        sampler = "vLLM sampler" if with_vllm else "HF sampler"
         arguments = (dtype, 2 if quick else 30)
-        sides = [Side(plain_iteration, arguments, ours=False)]
-        sides.append(Side(our_iteration, (*arguments, with_vllm), ours=True))
+        sides = [Side(make, arguments, ours=make is our_iteration) for make in (plain_iteration, our_iteration)]
         theirs, mine = compare_apart(sides, 1 if quick else 2)
-        setting = f"{SHAPE}, {sampler}, {dtype_name(dtype)}, {torch.get_num_threads()} threads"
+        setting = f"{SHAPE}, {dtype_name(dtype)}, {torch.get_num_threads()} threads"
         results.append(speed("whole DPO iteration", setting, "written plainly", theirs, mine))
     return results
-
-
-def vllm_is_installed() -> bool:
-    try:
-        import_vllm()
-    except UserError:
-        return False
-    return True
 
 
 def check_losses(dtype: torch.dtype) -> None:
@@ -70,14 +58,8 @@ def plain_iteration(dtype: torch.dtype, layers: int) -> Callable[[], None]:
     return Plain(smollm2_shape(layers), make_pairs(SHAPE), dtype).iteration
 
 
-def our_iteration(dtype: torch.dtype, layers: int, with_vllm: bool) -> Callable[[], None]:
-    model = smollm2_shape(layers)
-    if not with_vllm:
-        return Ours(model, make_pairs(SHAPE), dtype).iteration
-    with tempfile.TemporaryDirectory() as directory:
-        save(model, directory)
-        engine = VLLMSampler(directory, SETTINGS, max_model_len=512, dtype=dtype_name(dtype))
-    return Ours(model, make_pairs(SHAPE), dtype, engine).iteration
+def our_iteration(dtype: torch.dtype, layers: int) -> Callable[[], None]:
+    return Ours(smollm2_shape(layers), make_pairs(SHAPE), dtype).iteration
 
 
 def contexts(pairs: list[PairIds]) -> list[list[int]]:
@@ -93,12 +75,10 @@ def spliced(pair: PairIds, replacement: list[int]) -> PairIds:
 class Ours:
     """The parts that SAPOTrainer puts together."""
 
-    def __init__(
-        self, model: LlamaForCausalLM, pairs: list[PairIds], dtype: torch.dtype, engine: VLLMSampler | None = None
-    ) -> None:
-        self.model, self.pairs, self.dtype, self.engine = model, pairs, dtype, engine
+    def __init__(self, model: LlamaForCausalLM, pairs: list[PairIds], dtype: torch.dtype) -> None:
+        self.model, self.pairs, self.dtype = model, pairs, dtype
         average = frozen_copy(model)
-        self.served: Any = average if dtype == torch.float32 else frozen_copy(model).to(dtype)
+        self.served = average if dtype == torch.float32 else frozen_copy(model).to(dtype)
         self.ema = EMA(weights_of(average), 0.5, None if self.served is average else weights_of(self.served))
         self.reference = frozen_copy(model)
         self.optimizer = torch.optim.RMSprop(model.parameters(), lr=5e-7)
@@ -113,15 +93,13 @@ class Ours:
             return dpo_loss(chosen, rejected, *reference, 0.1).losses.mean()
 
     def iteration(self) -> None:
-        limits, sampler = [SEGMENT] * len(self.pairs), self.engine or self.sampler
-        replacements = sampler.generate(contexts(self.pairs), limits, list(range(len(self.pairs))))
+        count = len(self.pairs)
+        replacements = self.sampler.generate(contexts(self.pairs), [SEGMENT] * count, list(range(count)))
         pairs = [spliced(pair, replacement) for pair, replacement in zip(self.pairs, replacements, strict=True)]
         self.loss(pairs).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update(weights_of(self.model))
-        if self.engine:
-            self.engine.load(self.served.named_parameters(), self.ema.version)
 
 
 class Plain:

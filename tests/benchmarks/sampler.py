@@ -28,7 +28,7 @@ from tests.benchmarks.shapes import dtype_name, precisions, save, smollm2_shape
 
 SETTINGS = SamplingSettings(temperature=0.7, top_k=50, top_p=0.95, stop_ids=frozenset({1}))
 NEW_TOKENS = 64
-SHAPES = [(16, 320, 320), (8, 150, 400)]  # prompts, and the least and most tokens of one; the second as SAPO has them
+PROMPTS, SHORTEST, LONGEST = 8, 150, 400  # as SAPO has them; lengths in tokens
 
 
 def sampler(quick: bool) -> list[Result]:
@@ -49,12 +49,11 @@ def main(quick: bool) -> list[Result]:
         return []
     results = []
     for dtype in precisions(quick):
-        shapes = SHAPES if dtype == precisions(quick)[-1] else SHAPES[:1]
         model = smollm2_shape(layers=4 if quick else 30).to(dtype)
         with tempfile.TemporaryDirectory() as directory:
             save(model, directory)
             vllm = VLLMSampler(directory, SETTINGS, max_model_len=512, dtype=dtype_name(dtype))
-            results += [*generation(model, vllm, shapes, quick), *push(model, vllm, quick)]
+            results += [*generation(model, vllm, quick), *push(model, vllm, quick)]
             vllm.close()
     if not quick:  # every run of it starts an engine
         with tempfile.TemporaryDirectory() as directory:
@@ -63,28 +62,24 @@ def main(quick: bool) -> list[Result]:
     return results
 
 
-def generation(model: LlamaForCausalLM, vllm: Any, shapes: list[tuple[int, int, int]], quick: bool) -> list[Result]:
+def generation(model: LlamaForCausalLM, vllm: Any, quick: bool) -> list[Result]:
     """Tokens a second, as milliseconds for the same tokens."""
-    results = []
-    hf = HFSampler(model, SETTINGS, pad_id=0)
-    random = np.random.default_rng(0)
-    for count, shortest, longest in shapes:
-        prompts = [random.integers(5, 1000, int(random.integers(shortest, longest + 1))).tolist() for _ in range(count)]
+    hf, random = HFSampler(model, SETTINGS, pad_id=0), np.random.default_rng(0)
+    lengths = random.integers(SHORTEST, LONGEST + 1, PROMPTS)
+    prompts = [random.integers(5, 1000, int(length)).tolist() for length in lengths]
 
-        def go(engine: Any, prompts: list[list[int]] = prompts) -> None:
-            engine.generate(prompts, [NEW_TOKENS] * len(prompts), list(range(len(prompts))))
+    def go(engine: Any) -> None:
+        engine.generate(prompts, [NEW_TOKENS] * PROMPTS, list(range(PROMPTS)))
 
-        def fresh(prompts: list[list[int]] = prompts) -> None:
-            vllm._llm.reset_prefix_cache()  # as after a push: every prompt is computed
-            go(vllm, prompts)
+    def fresh() -> None:
+        vllm._llm.reset_prefix_cache()  # as after a push: every prompt is computed
+        go(vllm)
 
-        theirs, ours = compare([lambda: go(hf), fresh], 1 if quick else 2)
-        print(f"{count} x {NEW_TOKENS}: generate {theirs.seconds:.1f} s, vLLM {ours.seconds:.1f} s", file=sys.stderr)
-        setting = (
-            f"{count} x {NEW_TOKENS} tokens after prompts of {shortest}-{longest}, {dtype_name(model.dtype)}, 1 thread"
-        )
-        results.append(speed("vLLM generation", setting, "transformers' generate", theirs, ours))
-    return results
+    theirs, ours = compare([lambda: go(hf), fresh], 1 if quick else 3)
+    setting = (
+        f"{PROMPTS} x {NEW_TOKENS} tokens after prompts of {SHORTEST}-{LONGEST}, {dtype_name(model.dtype)}, 1 thread"
+    )
+    return [speed("vLLM generation", setting, "hf sampler", theirs, ours)]
 
 
 def push(model: LlamaForCausalLM, vllm: Any, quick: bool) -> list[Result]:

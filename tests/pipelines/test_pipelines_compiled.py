@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -429,3 +431,56 @@ def test_wrong_methods_end_the_command_before_anything_starts(fake_stages: Path,
     assert err == "pipelines: error: methods: two entries are named 'a'; the report needs a name for each\n"
     code, _, err = run_cli("run", "sapo", "--only", "dpo")
     assert (code, err) == (2, "pipelines: error: --only dpo: pipeline sapo has no list of methods\n")
+
+
+_WITH_WORKSPACE = """
+import sys
+from pathlib import Path
+from pipelines import cluster
+cluster.WORKSPACE = "50Gi"
+from pipelines.compilation import compile_pipelines
+compile_pipelines(Path(sys.argv[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def workspace_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The packages of a fork that gives each run a volume; compiled apart, because pipelines are read when imported."""
+    directory = tmp_path_factory.mktemp("workspace")
+    subprocess.run([sys.executable, "-c", _WITH_WORKSPACE, str(directory)], check=True, cwd=REPOSITORY)
+    return directory
+
+
+@pytest.mark.parametrize("name", package_names())
+def test_a_workspace_holds_the_caches_of_stages_that_compute_and_of_no_cached_one(
+    name: str, workspace_packages: Path
+) -> None:
+    spec, platform = yaml.safe_load_all((workspace_packages / f"{name}.yaml").read_text())
+    kubernetes = platform["platforms"]["kubernetes"]
+    assert kubernetes["pipelineConfig"]["workspace"] == {
+        "size": "50Gi",
+        "kubernetes": {"pvcSpecPatch": {"accessModes": ["ReadWriteMany"]}},
+    }
+    computing = set()
+    for task in _tasks(spec):
+        label = task["componentRef"]["name"].removeprefix("comp-")
+        executor = f"exec-{label}"
+        if executor not in spec["deploymentSpec"]["executors"]:
+            continue  # a loop
+        given = task.get("inputs", {}).get("parameters", {}).get("workspace")
+        environment = spec["deploymentSpec"]["executors"][executor]["container"].get("env", [])
+        caches = {entry["name"]: entry["value"] for entry in environment}
+        mounted = "pvcMount" in kubernetes["deploymentSpec"]["executors"][executor]
+        if given:
+            computing.add(re.sub(r"-\d+$", "", label))
+            assert given == {"runtimeValue": {"constant": "{{$.workspace_path}}"}}
+            assert caches == {name: f"/kfp-workspace/{where}" for name, where in cluster.CACHES.items()}
+            assert not mounted
+        else:
+            assert caches == {}
+    assert computing == {"sft", "evaluation"} | ({"sapo"} if name == "sapo" else {"train"})
+
+
+def _tasks(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for component in [spec["root"], *spec["components"].values()]:
+        yield from component.get("dag", {}).get("tasks", {}).values()

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from components.common.errors import UserError
-from pipelines.package import COMPILED, Package, check_recipes, own_data, read_package, run_arguments
+from pipelines.package import COMPILED, Package, check_keys, check_recipes, own_data, read_package, run_arguments
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -199,3 +199,29 @@ def test_a_recipe_of_a_method_is_named_with_it() -> None:
     method = {"name": "mine", "stage": "dpo", "start": "sft", "recipe": "tinny", "settings": {}}
     with pytest.raises(UserError, match=r"methods: mine: recipe = 'tinny'; did you mean 'tiny'\?"):
         check_recipes(package, {"methods": [method]})
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("data_settings.test_row=0.2", "unknown setting 'test_row' of the data stage; did you mean 'test_rows'? "),
+        ("sft_data_settings.zzzz=1", "unknown setting 'zzzz' of the data stage; `python -m components.data --help`"),
+    ],
+)
+def test_a_mistyped_key_of_a_stage_ends_the_command_at_once(
+    run_cli: Cli, tmp_path: Path, assignment: str, message: str
+) -> None:
+    output = tmp_path / "run"
+    code, out, err = run_cli("run", "comparison", "--output", str(output), "--set", assignment)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"pipelines: error: --set {assignment}: {message}"), err
+    assert not output.exists()
+
+
+def test_keys_that_the_stages_take_pass() -> None:
+    check_keys(["data_settings.seed=1", "gpus=8", "report_settings={title: T}", "report_settings.title=T"])
+
+
+def test_a_stage_that_cannot_run_here_does_not_refuse_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.package.stage_of", lambda name: "absent")
+    check_keys(["sft_settings.anything=1"])
