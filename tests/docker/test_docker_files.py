@@ -125,6 +125,7 @@ def train(*argv: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
+@pytest.mark.slow
 def test_train_hands_over_to_the_stage_it_is_given() -> None:
     assert "python -m components.dpo [--config RECIPE]" in train("dpo", "--help").stdout
     assert train("--help").stdout.startswith("usage: train STAGE")

@@ -451,6 +451,7 @@ def workspace_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", package_names())
 def test_a_workspace_holds_the_caches_of_stages_that_compute_and_of_no_cached_one(
     name: str, workspace_packages: Path

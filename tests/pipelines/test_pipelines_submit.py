@@ -230,6 +230,7 @@ def test_wrong_arguments_never_reach_the_cluster(submit: Cli, kubeflow: Kubeflow
     assert "must be a mapping" in err
 
 
+@pytest.mark.slow
 def test_kfps_own_command_line_as_the_readme_uses_it(kubeflow: KubeflowPipelines, tmp_path: Path) -> None:
     """What the README says of `kfp run create`: it ends with 0 for a failed run, and its output holds the state."""
     kubeflow.states = [{"state": "RUNNING"}, {"state": "FAILED"}]

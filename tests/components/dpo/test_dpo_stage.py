@@ -85,6 +85,7 @@ def test_dpo_starts_at_its_reference(flags, tmp_path):
     assert first["eval_loss"] == pytest.approx(0.693147, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["dpo", "orpo"])
 def test_resumed_equals_uninterrupted(loss, flags, tmp_path):
     """The run is cut after a checkpoint that was followed by an interrupted save."""

@@ -255,6 +255,7 @@ def test_a_yaml_of_task_path_replaces_the_packages(model: Path, task_data: Path,
     assert leaderboard.check("gsm8k", settings) == "6 documents, 5 shots, with hf"
 
 
+@pytest.mark.slow
 def test_a_finished_benchmark_is_kept_on_resume(model: Path, task_data: Path, tmp_path: Path):
     flags = ["--model", str(model), "--task_data", str(task_data), "--output", str(tmp_path / "o"), "--limit", "1"]
     main([*flags, "--benchmarks", "[winogrande]"])

@@ -139,6 +139,7 @@ def test_an_adapter_alone_is_written_and_taken_up(trainer, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(run.layout.parts(), again.layout.parts(), strict=True))
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted(trainer, tmp_path):
     whole, saving = trainer(tmp_path / "whole"), {"save_strategy": "steps", "save_steps": 3, "save_total_limit": None}
     whole.train()

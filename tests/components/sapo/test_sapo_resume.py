@@ -12,6 +12,8 @@ from components.sapo.checkpoint import complete_checkpoints
 from components.sapo.config import SAPOConfig
 from components.sapo.trainer import SAPOTrainer
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {
     "num_train_epochs": 2.0,  # 48 rows: 12 steps an epoch with 4 a step
     "per_device_train_batch_size": 4,

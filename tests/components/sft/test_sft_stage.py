@@ -55,6 +55,7 @@ def test_output_is_a_model_with_template_and_stop_tokens(trained):
     assert not list(trained.glob("*.bin"))
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted(tmp_path, chat_data, micro_model):
     """The run is cut after step 3, as a kill before step 6 was saved leaves it."""
     flags = ["--data", str(chat_data), "--model", str(micro_model), "--keep_checkpoints", "true"]

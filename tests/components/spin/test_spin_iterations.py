@@ -13,6 +13,8 @@ from components.spin.files import newest_checkpoint
 from components.spin.iterations import StoppedError
 from components.spin.results import summarise
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def started(monkeypatch):

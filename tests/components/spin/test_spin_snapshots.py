@@ -99,6 +99,7 @@ class KilledError(Exception):
     """The pod is gone."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", [6, 10])  # in iteration 0 while it trains, in iteration 1 while it generates
 def test_a_run_goes_on_from_its_snapshot_to_the_same_weights(moment, build, tmp_path):
     def save(run) -> None:

@@ -17,6 +17,8 @@ from components.report.artifacts import early_and_late_pairs, read_training
 from components.spin import iterations
 from components.spin.__main__ import main
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = ["--settings", '{"iterations": 2, "learning_rates": [1e-3, 5e-4], "betas": [0.1, 0.5]}']
 SETTINGS += ["--orpo_lambdas", "[0.1, 0.2]", "--epochs_per_iteration", "1", "--train_rows", "12", "--eval_rows", "6"]
 SETTINGS += ["--max_length", "96", "--max_new_tokens", "8", "--sampler_batch_size", "5", "--logging_steps", "1"]
@@ -160,7 +162,6 @@ def test_damaged_record_of_a_run(tmp_path, chat_data, micro_model):
         main([*flags(data=chat_data, model=micro_model, output=tmp_path), *SETTINGS])
 
 
-@pytest.mark.slow
 def test_a_terminated_process_goes_on_to_the_same_weights(tmp_path, chat_data, micro_model):
     def start(output):
         places = flags(data=chat_data, model=micro_model, output=tmp_path / output)
@@ -190,7 +191,6 @@ def test_a_terminated_process_goes_on_to_the_same_weights(tmp_path, chat_data, m
     assert json.loads((tmp_path / "cut" / "training" / "summary.json").read_text())["steps"] == 90
 
 
-@pytest.mark.slow
 def test_two_processes_end_with_the_weights_of_one(tmp_path, chat_data, micro_model):
     """Responses are the same whichever process writes them, and each step has the same pairs."""
     same = [*SETTINGS, *flags(train_rows=16, eval_rows=0, use_cpu="true", optim="adamw_torch")]
