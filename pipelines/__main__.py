@@ -15,6 +15,7 @@ Exit codes: 0 done; 1 a stage or a run failed, the cluster cannot be reached, or
 import argparse
 import difflib
 import json
+import os
 import re
 import sys
 import textwrap
@@ -83,6 +84,9 @@ def main(argv: Sequence[str]) -> int:
             raise
         print("pipelines: error: kfp is not installed: pip install 'sapo-pipelines[local]'", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `submit --dry_run | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("pipelines: interrupted", file=sys.stderr)
         return 130
