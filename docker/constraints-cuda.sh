@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
 
 resolve() {
-  local extras=(data model report sft dpo orpo sapo spin deepspeed evaluation vllm)
+  local extras=(data model report sft dpo orpo sapo spin bitsandbytes deepspeed evaluation vllm)
   uv pip compile pyproject.toml "${extras[@]/#/--extra=}" --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
     --no-annotate --no-header --no-config --quiet "$@"
 }

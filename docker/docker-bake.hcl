@@ -49,7 +49,7 @@ target "stage" {
     BASE_IMAGE        = BASE_IMAGE
     CONSTRAINTS       = FLAVOUR == "cuda" ? "docker/constraints-cuda.txt" : "docker/constraints.txt"
     TORCH_INDEX       = FLAVOUR == "cuda" ? "" : "https://download.pytorch.org/whl/cpu"
-    TRAINING_EXTRAS   = FLAVOUR == "cuda" ? "sft,dpo,orpo,sapo,spin,deepspeed,vllm" : "sft,dpo,orpo,sapo,spin"
+    TRAINING_EXTRAS   = FLAVOUR == "cuda" ? "sft,dpo,orpo,sapo,spin,bitsandbytes,deepspeed,vllm" : "sft,dpo,orpo,sapo,spin"
     EVALUATION_EXTRAS = FLAVOUR == "cuda" ? "evaluation,vllm" : "evaluation"
     APT_PACKAGES      = FLAVOUR == "cuda" ? "gcc libc6-dev" : ""
   }

@@ -29,13 +29,13 @@ logger = logging.getLogger(__name__)
 def main(argv: Sequence[str]) -> None:
     started = time.perf_counter()
     from components.common.chat_templates import encode_rows
-    from components.common.models import load_config, load_model, load_tokenizer
+    from components.common.models import load_config, load_tokenizer
     from components.common.processes import is_first, leave, prepare_output_once
     from components.common.resume import ResumableStageConfig, checkpoint_to_resume
     from components.common.training import HIDDEN
     from components.sapo.checkpoint import complete_checkpoints, require_complete
     from components.sapo.config import SAPOConfig
-    from components.sapo.lora import quantization
+    from components.sapo.lora import load_policy
     from components.sapo.plan import Node, describe
 
     parser = ConfigParser("sapo", [ResumableStageConfig, SAPOConfig], hidden=(*HIDDEN, "log_dir"))
@@ -62,9 +62,9 @@ def main(argv: Sequence[str]) -> None:
         return
 
     output = Path(stage.output) if checkpoint else prepare_output_once(stage.output, overwrite=True)
-    frozen_base = args.use_peft and args.bf16
-    model = load_model(stage.model, "bfloat16" if frozen_base else "float32", **quantization(args))
-    trainer, summary = _train(model, tokenizer, train, evaluation, stage, args, checkpoint, started)
+    trainer, summary = _train(
+        load_policy(stage.model, args), tokenizer, train, evaluation, stage, args, checkpoint, started
+    )
     if trainer.stop_requested:
         if is_first():
             logger.info(

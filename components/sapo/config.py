@@ -1,12 +1,12 @@
 """Settings of SAPO. Defaults are the paper's DPO run; `recipes/` has the ORPO runs and smaller models."""
 
-import importlib.util
 import os
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from transformers import TrainingArguments
+from transformers.utils import is_bitsandbytes_available
 
 from components.common import training
 from components.common.cli import setting
@@ -171,8 +171,8 @@ class SAPOConfig(TrainingArguments):
             any(part in str(self.optim) for part in ("8bit", "bnb", "paged")) and "torch" not in self.optim
         )
         for name, needed in (("optim", needs_bitsandbytes), ("load_in_4bit", self.load_in_4bit)):
-            missing = needed and importlib.util.find_spec("bitsandbytes") is None
-            self._require(name, not missing, "needs the package bitsandbytes, which is not installed")
+            missing = needed and not is_bitsandbytes_available()
+            self._require(name, not missing, "needs the package bitsandbytes (pip install '.[bitsandbytes]')")
         self._require("fp16", not self.fp16, "is not offered; use bf16")
         limit = self.save_total_limit
         self._require("save_total_limit", limit is None or limit >= 1, "must be 1 or more, or none to keep all")

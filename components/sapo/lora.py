@@ -12,21 +12,39 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from components.common.errors import UserError
+from components.common.models import load_model
 from components.sapo.config import SAPOConfig
 
 ADAPTER = "default"
 
 
+def load_policy(directory: str, args: SAPOConfig) -> PreTrainedModel:
+    """The model to train, in float32; a base that only carries an adapter in bfloat16 where `bf16` is on, or in 4 bits."""
+    dtype = torch.bfloat16 if args.use_peft and args.bf16 else torch.float32
+    return load_model(directory, dtype, **_quantization(args))
+
+
 def add_adapter(model: PreTrainedModel, args: SAPOConfig) -> None:
-    """Freezes the model and gives it a float32 adapter to train: a new one, which changes nothing yet, or a given one."""
+    """Freezes the model and gives it a float32 adapter to train: a new one, which changes nothing yet, or a given one.
+
+    Raises:
+        UserError: the given adapter is none.
+        ValueError: the base was to be in 4 bits and is not.
+    """
     from peft import LoraConfig
 
+    if args.load_in_4bit and not getattr(model, "is_loaded_in_4bit", False):
+        raise ValueError(
+            "load_in_4bit: the model is not in 4 bits; give its directory, or load it with `lora.load_policy`"
+        )
+    _keep_as_quantised(model)
     if args.lora_adapter is not None:
         if not (Path(args.lora_adapter) / "adapter_config.json").is_file():
             raise UserError(f"lora_adapter = {args.lora_adapter}: has no adapter_config.json")
         model.load_adapter(args.lora_adapter, adapter_name=ADAPTER, is_trainable=True)
     else:
         targets: Any = args.lora_target_modules
+        torch.manual_seed(args.seed)  # the first factor is random, and Trainer seeds only after this
         model.add_adapter(
             LoraConfig(
                 r=args.lora_r,
@@ -75,17 +93,25 @@ def merge_into(base: PreTrainedModel, policy: nn.Module) -> None:
             weight.copy_(weight.float() + delta)
 
 
-def quantization(args: SAPOConfig) -> dict[str, Any]:
-    """Arguments of `from_pretrained` for the base."""
+def _quantization(args: SAPOConfig) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for the base: NF4 with 8-bit scales (QLoRA), made on this process's device."""
     if not args.load_in_4bit:
         return {}
     from transformers import BitsAndBytesConfig
 
-    return {
-        "quantization_config": BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-    }
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if args.bf16 else torch.float32,
+    )
+    return {"quantization_config": settings, "device_map": {"": str(args.device)}}
+
+
+def _keep_as_quantised(model: nn.Module) -> None:
+    """Keeps bitsandbytes from packing 4-bit weights anew in place, which it does on a CPU with AVX-512 BF16 when a model in
+    eval mode generates: its scales are rounded to bfloat16 then, and its products pass no gradient on."""
+    layers: Any = model.modules()
+    for layer in layers:
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False

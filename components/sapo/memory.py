@@ -12,9 +12,10 @@ With P parameters, T of them trained (T = P without an adapter), W processes and
     reference        4 P                   2 c' T / W             2 c' T / W         2 c' T / W
 
 c is 2 in bfloat16 and 4 in float32. A sharded reference is this process's parts, which swap places with the policy's while they
-are scored (the 2). With an adapter the base is frozen (2 bytes a parameter in bfloat16, 0.5625 in 4 bits: NF4 with a float32
-scale for 64 weights, embeddings and norms not), the reference costs an adapter at most. An engine of vLLM takes the share of
-the GPU that it is told to. Activations and logits are those of `pair_forward.py`: see `layer_bytes` and `logits_bytes`.
+are scored (the 2). With an adapter the base is frozen (2 bytes a parameter in bfloat16, 0.516 in 4 bits: NF4 with an 8-bit
+scale for 64 weights and a float32 one for 256 scales; embeddings, head and norms not, and one layer at a time is whole), the
+reference costs an adapter at most. An engine of vLLM takes the share of the GPU that it is told to. Activations and logits are
+those of `pair_forward.py`: see `layer_bytes` and `logits_bytes`.
 
 What lives at once differs from moment to moment, so the peak is what lives all the time plus the largest of: forward and
 backward, the optimizer's step, generation.
@@ -38,7 +39,8 @@ OPTIMIZER_STATES = {"rmsprop": 1, "sgd": 0, "adafactor": 0}
 STATES_OF_8BIT = 0.5  # Adam's two values in one byte each, in units of float32
 ZERO_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, in values
 ZERO_LIVE = 1_000_000_000  # its stage3_max_live_parameters
-BITS4 = 0.5 + 4 / 64  # bytes of a weight in NF4
+BITS4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight in NF4 with double quantisation
+PROMPTS_24GB = 16  # that generate has at once in a `*-24gb` recipe
 CUDA_CONTEXT = 1.5 * GIB  # an allowance for CUDA, NCCL and cuBLAS; not measured
 FRAGMENTATION = 0.05  # an allowance, as a share of what is allocated on a GPU
 VLLM_WORKSPACE = 2.0 * GIB  # an allowance for its activations while it prefills
@@ -165,7 +167,7 @@ class Setup:
         utilization: share of the GPU that vLLM takes.
         sleeps: vLLM gives its memory back while the learner works.
         overlaps: generation runs beside training.
-        cached_tokens: of all prompts that transformers' generate has at once.
+        cached_prompts, cached_length: that transformers' generate has at once, and their tokens with what is generated.
         adapter: None trains every parameter.
     """
 
@@ -182,9 +184,14 @@ class Setup:
     utilization: float = 0.25
     sleeps: bool = False
     overlaps: bool = False
-    cached_tokens: int = 0
+    cached_prompts: int = 0
+    cached_length: int = 0
     adapter: Adapter | None = None
     on_cpu: bool = False
+
+    @property
+    def cached_tokens(self) -> int:
+        return self.cached_prompts * self.cached_length
 
     @property
     def shards(self) -> bool:
@@ -337,7 +344,14 @@ def _training(model: Architecture, batch: MicroBatch, setup: Setup) -> dict[str,
         found["gathered weights"] = setup.compute_bytes * _gathered(model, setup)
     elif setup.bf16 and not setup.is_zero and setup.adapter is None:
         found["bfloat16 casts"] = 2 * model.in_linears  # autocast keeps them until backward is through
+    found["a layer out of 4 bits"] = _unpacked(model, setup)
     return {name: size for name, size in found.items() if size}
+
+
+def _unpacked(model: Architecture, setup: Setup) -> float:
+    """The weights of the linear layer at work, which a product reads whole where the base is in 4 bits."""
+    in_4bit = setup.adapter is not None and setup.adapter.in_4bit
+    return setup.compute_bytes * max(inputs * outputs for _, inputs, outputs in model.linears) if in_4bit else 0.0
 
 
 def _gathered(model: Architecture, setup: Setup) -> int:
@@ -359,10 +373,23 @@ def _stepping(model: Architecture, setup: Setup) -> dict[str, float]:
 
 
 def _generating(model: Architecture, setup: Setup, capacity: float) -> dict[str, float]:
-    """transformers' key-value cache, or a vLLM engine that was asleep."""
+    """What transformers' generate holds, or a vLLM engine that was asleep."""
     if setup.sampler == "hf":
-        return {"key-value cache": 2 * model.layers * model.key_value * setup.engine_bytes * setup.cached_tokens}
+        cache = 2 * model.layers * model.key_value * setup.engine_bytes * setup.cached_tokens
+        found = {
+            "key-value cache": cache,
+            "prompts": _prefill(model, setup),
+            "a layer out of 4 bits": _unpacked(model, setup),
+        }
+        return {name: size for name, size in found.items() if size}
     return {"vLLM": setup.utilization * capacity} if setup.sampler == "vllm" and setup.sleeps else {}
+
+
+def _prefill(model: Architecture, setup: Setup) -> float:
+    """Of one layer's MLP while generate reads all prompts at once: its three products, or, outside of autocast, the one before
+    with the base's and the adapter's in float32, before and after it is scaled."""
+    c = setup.engine_bytes
+    return setup.cached_tokens * model.intermediate * (3 * c if setup.adapter is None else 2 * c + 8)
 
 
 def engine_needs(model: Architecture, setup: Setup, length: int) -> float:
@@ -372,7 +399,11 @@ def engine_needs(model: Architecture, setup: Setup, length: int) -> float:
 
 
 def remedies(batch: MicroBatch, setup: Setup) -> Iterator[tuple[str, MicroBatch, Setup]]:
-    """Changes of settings that save memory, the cheapest first, each on top of those before."""
+    """Changes of settings that save memory, the cheapest first: fewer prompts together alone, others on top of those before."""
+    prompts = setup.cached_prompts if setup.sampler == "hf" else 0
+    while prompts > 1:
+        prompts = (prompts + 1) // 2
+        yield f"--sampler_batch_size {prompts}", batch, dataclasses.replace(setup, cached_prompts=prompts)
     texts: list[str] = []
 
     def with_(text: str) -> str:
@@ -400,11 +431,20 @@ def _smaller(batch: MicroBatch, setup: Setup, texts: list[str]) -> Iterator[tupl
         part = MicroBatch(pairs, batch.tokens * pairs // batch.pairs, batch.scored * pairs // batch.pairs)
         yield f"{before} --per_device_train_batch_size {pairs} (and more accumulation)".strip(), part, setup
     if setup.adapter is None:
-        setup = dataclasses.replace(setup, adapter=Adapter())
+        setup = dataclasses.replace(setup, adapter=Adapter(), parallelism="ddp")  # it cannot be sharded
         yield "an adapter: a `*-lora` recipe", part if batch.pairs > 1 else batch, setup
     if not setup.adapter.in_4bit:  # type: ignore[union-attr]
-        setup = dataclasses.replace(setup, adapter=dataclasses.replace(setup.adapter, in_4bit=True))  # type: ignore[type-var]
-        yield "an adapter on a base in 4 bits: --load_in_4bit true", part if batch.pairs > 1 else batch, setup
+        yield "an adapter on a base in 4 bits: a `*-24gb` recipe", part if batch.pairs > 1 else batch, _in_4bit(setup)
+
+
+def _in_4bit(setup: Setup) -> Setup:
+    """Of the same run with an adapter on a base in 4 bits, for which transformers' generate is the only sampler."""
+    adapter = dataclasses.replace(setup.adapter, in_4bit=True)  # type: ignore[type-var]
+    prompts = min(setup.cached_prompts, PROMPTS_24GB)
+    sampler: Any = setup.sampler and "hf"
+    return dataclasses.replace(
+        setup, adapter=adapter, sampler=sampler, overlaps=False, sleeps=False, cached_prompts=prompts
+    )
 
 
 def advice(model: Architecture, batch: MicroBatch, setup: Setup, capacity: float) -> str:

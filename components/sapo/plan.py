@@ -112,15 +112,20 @@ def _engine_lines(model: memory.Architecture, setup: memory.Setup, args: SAPOCon
     ]
 
 
+def _longest(rows: list[EncodedRow]) -> tuple[int, int]:
+    """Tokens of long prompts, and of long rows."""
+    prompts = [len(row["prompt_ids"]) for row in rows]
+    return _percentile(prompts), _percentile([len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in rows])
+
+
 def _percentile(lengths: list[int]) -> int:
     return sorted(lengths)[int(PERCENTILE * (len(lengths) - 1))]
 
 
 def _batch(rows: list[EncodedRow], args: SAPOConfig, packed: bool) -> memory.MicroBatch:
     """A micro-batch of long rows. B begins, on average, in the middle of where it may."""
-    prompt = _percentile([len(row["prompt_ids"]) for row in rows])
-    response = _percentile([len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in rows]) - prompt
-    response = max(response, 2)
+    prompt, whole = _longest(rows)
+    response = max(whole - prompt, 2)
     last_start = max(0, response - args.segment_length)
     shared = 0 if args.no_segment else last_start // 2
     from_divergence = LOSSES[args.loss_type].shared_cancels
@@ -134,7 +139,8 @@ def _setup(rows: list[EncodedRow], args: SAPOConfig, node: Node, on_cpu: bool) -
     engine_bytes = 2 if args.engine_dtype() == "bfloat16" else 4
     if sharded and args.sampler == "hf":
         served_bytes = engine_bytes  # generate needs the whole model
-    longest = _percentile([len(row["prompt_ids"]) for row in rows]) + args.max_new_tokens
+    prompt, whole = _longest(rows)
+    longest = prompt if args.no_segment else max(prompt, whole - args.segment_length)  # with A
     prompts = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.responses_per_prompt
     return memory.Setup(
         processes=node.processes,
@@ -150,7 +156,8 @@ def _setup(rows: list[EncodedRow], args: SAPOConfig, node: Node, on_cpu: bool) -
         utilization=args.gpu_memory_utilization,
         sleeps=args.sleep_level > 0,
         overlaps=args.schedule == "overlap",
-        cached_tokens=min(args.sampler_batch_size, prompts) * min(longest, args.max_length),
+        cached_prompts=min(args.sampler_batch_size, prompts),
+        cached_length=min(longest + args.max_new_tokens, args.max_length),
         adapter=_adapter(args),
         on_cpu=on_cpu,
     )

@@ -44,7 +44,7 @@ from components.sapo import checkpoint, self_play, state
 from components.sapo.checkpoint import CheckpointReader, CheckpointWriter
 from components.sapo.config import SAPOConfig
 from components.sapo.ema import EMA, copy_weights, frozen_copy, weights_of
-from components.sapo.lora import add_adapter, merge_into, merged_weights
+from components.sapo.lora import add_adapter, load_policy, merge_into, merged_weights
 from components.sapo.losses import LOSSES, PairLoss
 from components.sapo.pair_forward import (
     PairBatch,
@@ -109,7 +109,7 @@ class SAPOTrainer(Trainer):
     ) -> None:
         if isinstance(model, str):
             processing_class = processing_class or load_tokenizer(model)
-            model = load_model(model, torch.float32)
+            model = load_policy(model, args)
         if processing_class is None:
             raise ValueError("processing_class: is needed when model is not a directory")
         _disable_dropout(model)

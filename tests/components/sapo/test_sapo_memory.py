@@ -11,6 +11,8 @@ import torch
 from transformers import LlamaConfig
 
 from components.sapo import memory
+from components.sapo.config import SAPOConfig
+from components.sapo.lora import add_adapter, load_policy
 from components.sapo.memory import GIB, Adapter, MicroBatch, Setup
 from components.sapo.pair_forward import collate, response_logps, shared_prefix_attention
 from tests.benchmarks.shapes import Shape, make_pairs, save, smollm2_shape
@@ -58,7 +60,8 @@ def test_an_adapter_spares_what_is_kept_for_trained_weights(llama):
     assert sum(lora[name] for name in kept) < sum(whole[name] for name in kept) / 100
     assert 15 < lora["weights"] / 1e9 < 17  # the base in bfloat16
     in_4bit = dataclasses.replace(adapter, in_4bit=True)
-    assert memory._weights(llama, Setup(sampler=None, adapter=in_4bit))["weights"] < 7e9
+    packed = memory._weights(llama, Setup(sampler=None, adapter=in_4bit))["weights"]
+    assert packed == pytest.approx(0.516 * llama.in_linears + 2 * 2 * llama.head, rel=0.01)
 
 
 def test_a_run_that_does_not_fit_is_told_what_to_change(llama):
@@ -70,6 +73,18 @@ def test_a_run_that_does_not_fit_is_told_what_to_change(llama):
     changed = dataclasses.replace(setup, parallelism="zero3", checkpointing=True, sleeps=True)
     assert memory.plan(llama, batch, changed, 80e9).fits
     assert "no other setting is enough" in memory.advice(llama, batch, setup, 1e9)
+    assert memory.advice(llama, batch, setup, 24e9).startswith("an adapter on a base in 4 bits: a `*-24gb` recipe: ")
+
+
+def test_a_run_that_generates_too_much_at_once_is_told_how_much_fits(llama):
+    setup = Setup(adapter=Adapter(in_4bit=True), checkpointing=True, cached_prompts=64, cached_length=2048)
+    batch = memory.micro_batch(4, 1348, 700, 222, from_divergence=True, packed=True)
+    assert memory.plan(llama, batch, setup, 24e9).generate == {
+        "key-value cache": 2 * 32 * 8 * 128 * 2 * 64 * 2048,
+        "prompts": (2 * 2 + 2 * 4) * 14336 * 64 * 2048,
+        "a layer out of 4 bits": 2 * 4096 * 14336,
+    }
+    assert memory.advice(llama, batch, setup, 24e9).startswith("--sampler_batch_size 16: ")
 
 
 def test_the_peak_is_that_of_the_fullest_moment(llama):
@@ -82,20 +97,38 @@ def test_the_peak_is_that_of_the_fullest_moment(llama):
     assert asleep.peak < planned.peak - 30e9
 
 
+SHAPE = Shape(pairs=2, prompt=(60, 60), response=(50, 50), segment=(24, 24))
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_activations_are_what_autograd_keeps(bf16):
-    shape = Shape(pairs=2, prompt=(60, 60), response=(50, 50), segment=(24, 24))
-    pairs = make_pairs(shape)
-    batch = collate(pairs, 0, share=True, from_divergence=True)
-    one, two = (_kept(smollm2_shape(layers, vocabulary=1000), batch, bf16) for layers in (1, 2))
+    one, two = (_kept(smollm2_shape(layers, vocabulary=1000), bf16) for layers in (1, 2))
+    assert _planned(Setup(bf16=bf16, on_cpu=True)) == pytest.approx(two - one, rel=0.05)
+
+
+def test_activations_beside_an_adapter_on_a_base_in_4_bits(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    args = SAPOConfig(output_dir=str(tmp_path), use_peft=True, load_in_4bit=True, lora_r=4, use_cpu=True)
+    kept = []
+    for layers in (1, 2):
+        smollm2_shape(layers, vocabulary=1000).save_pretrained(tmp_path / str(layers))
+        policy = load_policy(str(tmp_path / str(layers)), args)
+        add_adapter(policy, args)
+        kept.append(_kept(policy, bf16=False))
+    adapter = Adapter(rank=4, in_4bit=True)
+    assert _planned(Setup(bf16=False, on_cpu=True, adapter=adapter)) == pytest.approx(kept[1] - kept[0], rel=0.05)
+
+
+def _planned(setup):
+    """Bytes of one layer for the pairs of `_kept`."""
+    batch = collate(make_pairs(SHAPE), 0, share=True, from_divergence=True)
     sizes = MicroBatch(2, batch.model_inputs["input_ids"].numel(), len(batch.targets))
-    model = memory.architecture(smollm2_shape(1, vocabulary=1000).config)
-    planned = memory.layer_bytes(model, sizes, Setup(bf16=bf16, on_cpu=True))
-    assert planned == pytest.approx(two - one, rel=0.05)
+    return memory.layer_bytes(memory.architecture(smollm2_shape(1, vocabulary=1000).config), sizes, setup)
 
 
-def _kept(model, batch, bf16):
+def _kept(model, bf16):
     """Bytes kept for backward; not parameters, nor their casts."""
+    batch = collate(make_pairs(SHAPE), 0, share=True, from_divergence=True)
     weights = {p.shape for p in model.parameters()} | {p.t().shape for p in model.parameters() if p.dim() == 2}
     kept = {}
 

@@ -106,7 +106,6 @@ def test_empty_data_set(tmp_path, micro_model):
         ({"hub_token": "hf_x"}, "unknown argument '--hub_token'"),
         ({"eval_strategy": "steps", "eval_rows": 0}, "eval_strategy = steps needs held-out rows; raise eval_rows"),
         ({"nll_scope": "sequence"}, "`sequence` is for loss_type = orpo"),
-        ({"optim": "adamw_8bit"}, "needs the package bitsandbytes"),
         ({"optim": "adamm"}, "adamm is not a valid OptimizerNames, please select one of"),
         ({"lr_scheduler_type": "zigzag"}, "zigzag is not a valid SchedulerType, please select one of"),
         ({"fp16": "true"}, "fp16 = True: is not offered; use bf16"),
@@ -119,6 +118,14 @@ def test_wrong_input(change, message, tmp_path, chat_data, micro_model):
     with pytest.raises(UserError, match=message):
         main(flags(**places))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_needs_bitsandbytes_says_so(tmp_path, chat_data, micro_model, monkeypatch):
+    monkeypatch.setattr("components.sapo.config.is_bitsandbytes_available", lambda: False)
+    places = {"data": chat_data, "model": micro_model, "output": tmp_path / "out"}
+    for setting in ({"optim": "adamw_8bit"}, {"use_peft": "true", "load_in_4bit": "true"}):
+        with pytest.raises(UserError, match=r"needs the package bitsandbytes \(pip install"):
+            main(flags(**places, **setting))
 
 
 def start(directory, chat_data, micro_model, *more: str) -> subprocess.Popen:
