@@ -115,6 +115,7 @@ def submit(run_cli: Cli, kubeflow: KubeflowPipelines) -> Cli:
     return lambda *argv: run_cli("submit", "sapo", "--endpoint", kubeflow.url, "--poll", "0.01", *argv)
 
 
+@pytest.mark.slow
 def test_a_run_that_succeeds(submit: Cli, kubeflow: KubeflowPipelines) -> None:
     data = {"display_name": "data", "task_id": "1", "start_time": TIME, "end_time": "2026-01-02T03:05:10Z"}
     driver = {"display_name": "data-driver", "task_id": "2", "state": "SUCCEEDED"}

@@ -131,6 +131,7 @@ def test_who_has_lost_the_output_writes_no_manifest(start, disk, place):
     assert mirror.mirrored(place) == []
 
 
+@pytest.mark.slow
 def test_a_store_that_is_away_is_tried_again(start, store, disk, place, monkeypatch):
     proxy = FaultProxy(store.endpoint, seed=0)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)

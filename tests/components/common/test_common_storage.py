@@ -119,6 +119,7 @@ def test_an_interrupted_download_goes_on_and_trusts_nothing(store, tree, uri, tm
     assert contents(tmp_path / "back") == contents(tree)
 
 
+@pytest.mark.slow
 def test_answers_that_break_off_spoil_neither_small_nor_large_files(store, tree, uri, tmp_path, monkeypatch):
     (tree / "huge.safetensors").write_bytes(os.urandom(2**20) * (3 * PART // 2**20))
     transfer.upload(tree, uri)
@@ -135,6 +136,7 @@ def test_answers_that_break_off_spoil_neither_small_nor_large_files(store, tree,
         proxy.close()
 
 
+@pytest.mark.slow
 def test_a_large_object_that_was_changed_is_found_out_without_reading_it_again(store, tree, uri, tmp_path, monkeypatch):
     content = transfer.upload(tree, uri)
     body = bytearray((tree / "big.safetensors").read_bytes())

@@ -220,6 +220,7 @@ def test_answers_with_markers_of_chatml_reach_the_judge_whole(configure, context
     assert alpaca_eval.messages(template) == alpaca_eval_package.utils.prompt_to_chatml(template)
 
 
+@pytest.mark.slow
 def test_a_judge_that_dies_half_way_and_a_resume(configure, context, tmp_path):
     with serving(JudgeServer(verdict, dies_after=6)) as dying, pytest.raises(UserError, match="cannot be reached"):
         alpaca_eval.run("alpaca_eval", configure(dying.url, judge_concurrency=1), context)

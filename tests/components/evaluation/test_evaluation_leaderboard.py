@@ -170,6 +170,7 @@ def test_acc_norm_is_the_likeliest_choice_per_character(
     assert details["tokens"]["starts_with_bos"] == (ids[0] == tokenizer.bos_token_id)
 
 
+@pytest.mark.slow
 def test_examples_become_turns_with_the_chat_template(
     model: Path, task_data: Path, tmp_path: Path, outcomes: list[dict[str, Any]]
 ):

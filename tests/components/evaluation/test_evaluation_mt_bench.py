@@ -137,6 +137,7 @@ def _lines(context: Context, name: str) -> list[str]:
     return (context.folder / name).read_text().splitlines()
 
 
+@pytest.mark.slow
 def test_a_judge_that_dies_half_way_and_a_resume(configure, context, tmp_path):
     with serving(JudgeServer(verdict, dies_after=7)) as dying, pytest.raises(UserError, match="cannot be reached"):
         mt_bench.run("mt_bench", configure(dying.url), context)

@@ -134,6 +134,7 @@ def test_adding_nothing_changes_nothing():
     assert (len(buffer), buffer.added) == (2, 2)
 
 
+@pytest.mark.slow
 def test_a_million_entries_of_256_tokens_fit_in_two_and_a_half_gigabytes():
     """Measured on 4,000 entries as the sampler makes them; memory is linear in their number."""
     tracemalloc.start()

@@ -57,6 +57,7 @@ class OneStepEarly(Sync):
         return now
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [{}, {"loss_type": "orpo"}, {"push_interval": 2}, {"gradient_accumulation_steps": 2}]
 )

@@ -152,6 +152,7 @@ def _flat_weights(buffer, slots):
         buffer._tree[nodes] = buffer._tree[2 * nodes] + buffer._tree[2 * nodes + 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_type", ["dpo", "orpo", "ipo"])
 def test_learns_to_prefer_the_chosen_response_on_held_out_pairs(trainer, loss_type):
     settings = {

@@ -38,6 +38,7 @@ def test_trainer_settings_carry_the_iterations_values(loss, kind, settings):
         assert (args.bf16, args.output_dir, args.gradient_checkpointing) == (False, "somewhere", False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "accumulation", "epochs"), [(4, 1, 2.0), (5, 2, 3.0), (3, 4, 0.5), (64, 1, 1.0)])
 def test_steps_are_those_that_the_trainer_takes(build, tmp_path, batch, accumulation, epochs):
     changed = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
