@@ -38,7 +38,7 @@ def whole_iteration(quick: bool) -> list[Result]:
         check_losses(dtype)
         arguments = (dtype, 2 if quick else 30)
         sides = [Side(make, arguments, ours=make is our_iteration) for make in (plain_iteration, our_iteration)]
-        theirs, mine = compare_apart(sides, 1 if quick else 2)
+        theirs, mine = compare_apart(sides, 1)  # each takes a minute or two
         setting = f"{SHAPE}, {dtype_name(dtype)}, {torch.get_num_threads()} threads"
         results.append(speed("whole DPO iteration", setting, "written plainly", theirs, mine))
     return results
