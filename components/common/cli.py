@@ -344,6 +344,8 @@ def run_stage(main: Callable[[Sequence[str]], None]) -> None:
         "s3transfer",
     ):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    # Warns of a kernel that it lacks on a CPU whenever a library imports it, also where nothing is in 4 bits.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         with session.session(stage):
             main(sys.argv[1:])
