@@ -23,6 +23,7 @@ VALUES = {
     "tensorboard": {"enabled": True},
     "store": {"bucket": "trial", "accessKey": KEYS["AWS_ACCESS_KEY_ID"], "secretKey": KEYS["AWS_SECRET_ACCESS_KEY"]},
 }
+pytestmark = pytest.mark.slow  # each starts a server
 WEED = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 
 

@@ -206,6 +206,7 @@ def test_interruption_ends_a_loop(loop_package: Path, tmp_path: Path, started: l
     assert _ends(child)
 
 
+@pytest.mark.slow
 def test_second_interruption_kills_a_stage_that_does_not_stop(
     fake_package: Path, tmp_path: Path, started: list["subprocess.Popen[str]"]
 ) -> None:
@@ -221,6 +222,7 @@ def test_second_interruption_kills_a_stage_that_does_not_stop(
     assert process.returncode == 130
 
 
+@pytest.mark.slow
 def test_grace_ends_a_stage_that_does_not_stop(fake_package: Path, tmp_path: Path) -> None:
 
     run = LocalRun(read_package(str(fake_package)), tmp_path / "run", grace_seconds=0.3)

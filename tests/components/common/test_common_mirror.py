@@ -96,6 +96,7 @@ def test_the_bucket_keeps_the_newest_few(start, disk, place):
     assert {name.split("/")[0] for name in transfer.objects(place)} == {"checkpoint-3", "checkpoint-10"}
 
 
+@pytest.mark.slow
 def test_slow_uploads_bound_bandwidth_and_backlog_and_outlive_the_stages_own_removal(start, disk, place):
     running = start(bandwidth=1e6)
     first = save(disk, 1, size=2_000_000)
@@ -245,6 +246,7 @@ def test_a_folder_that_stays_as_it_is_is_sent_once(folder, disk, place):
     assert mirror.mirrored(place) == [0]
 
 
+@pytest.mark.slow
 def test_what_changes_while_a_folder_cannot_be_sent_is_sent_in_the_end(folder, disk, place, tmp_path, monkeypatch):
     output = disk / "output"
     output.mkdir()

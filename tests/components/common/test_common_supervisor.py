@@ -58,6 +58,7 @@ def test_threads_are_divided_unless_they_are_set(monkeypatch):
     assert environment({}, 8)["OMP_NUM_THREADS"] == "1"
 
 
+@pytest.mark.slow
 def test_a_failure_ends_the_others_and_its_code_comes_out_with_its_last_words(capfd):
     text = "import os, time\nprint('rank', os.environ['RANK'])\n"
     text += "if os.environ['RANK'] == '1': raise SystemExit('no such tensor')\ntime.sleep(60)"
@@ -69,6 +70,7 @@ def test_a_failure_ends_the_others_and_its_code_comes_out_with_its_last_words(ca
     assert "rank 1 | no such tensor" in err
 
 
+@pytest.mark.slow
 def test_what_does_not_go_is_killed(capfd):
     text = "import os, signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
     text += "if os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)"

@@ -75,6 +75,7 @@ def test_nothing_is_asked_twice(ask):
     assert len(served.asked) == 1
 
 
+@pytest.mark.slow
 def test_rate_limits_and_server_errors_are_waited_for(ask):
     counter = itertools.count()
 

@@ -156,6 +156,7 @@ def test_a_judge_that_dies_half_way_and_a_resume(configure, context, tmp_path):
     assert resumed.details["judge"]["usage"] == whole.details["judge"]["usage"]
 
 
+@pytest.mark.slow
 def test_answers_of_another_run_are_graded_without_a_model(configure, context, tmp_path):
     with serving(JudgeServer(verdict)) as served:
         first = mt_bench.run("mt_bench", configure(served.url), context)

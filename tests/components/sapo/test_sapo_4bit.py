@@ -114,6 +114,7 @@ def scored(run: SAPOTrainer, share: bool) -> dict[str, torch.Tensor]:
     return {"logps": logps.detach(), **gradients}
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted(trainer, tmp_path):
     whole, saving = trainer(tmp_path / "whole"), {"save_strategy": "steps", "save_steps": 3, "save_total_limit": None}
     whole.train()
