@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_run import SMALL
 
 from components.common.conversations import read_rows
 from components.common.models import load_model
@@ -14,26 +15,8 @@ from components.sapo.trainer import SAPOTrainer
 functional = pytest.importorskip("bitsandbytes.functional")
 nn = pytest.importorskip("bitsandbytes.nn")
 
-SETTINGS = {
-    "use_peft": True,
-    "load_in_4bit": True,
-    "lora_r": 4,
-    "lora_alpha": 8,
-    "max_steps": 6,
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 2,
-    "max_length": 96,
-    "segment_length": 6,
-    "max_new_tokens": 6,
-    "replay_buffer_size": 12,
-    "learning_rate": 1e-2,
-    "reference_interval": 3,
-    "logging_steps": 1,
-    "report_to": "none",
-    "save_strategy": "no",
-    "use_cpu": True,
-    "disable_tqdm": True,
-}
+SETTINGS = SMALL | {"use_peft": True, "load_in_4bit": True, "lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-2}
+SETTINGS |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "reference_interval": 3}
 PAIRS = [PairIds([5, 6, 7], [8, 9, 10, 11], [8, 9, 12]), PairIds([20, 21], [22, 23], [24, 25, 26, 27])]
 
 

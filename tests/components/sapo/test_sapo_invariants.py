@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from small_run import SMALL
 
 from components.common.conversations import read_rows
 from components.sapo import self_play
@@ -9,14 +10,7 @@ from components.sapo.config import SAPOConfig
 from components.sapo.pair_forward import PairIds
 from components.sapo.trainer import SAPOTrainer
 
-SETTINGS = {
-    "max_steps": 6,
-    "per_device_train_batch_size": 4,
-    "max_length": 64,
-    "segment_length": 5,
-    "max_new_tokens": 5,
-}
-SETTINGS |= {"replay_buffer_size": 12, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True}
+SETTINGS = SMALL | {"max_length": 64, "segment_length": 5, "max_new_tokens": 5}
 
 
 class Watched(SAPOTrainer):
@@ -44,7 +38,7 @@ class LoudSampler:
 @pytest.fixture
 def run(tmp_path, micro_model, chat_data):
     def go(sampler=None, **settings) -> Watched:
-        args = SAPOConfig(output_dir=str(tmp_path), disable_tqdm=True, **(SETTINGS | settings))
+        args = SAPOConfig(output_dir=str(tmp_path), **(SETTINGS | settings))
         trainer = Watched(str(micro_model), args, read_rows(chat_data, "train"))
         if sampler:
             trainer.sampler = sampler(trainer.processing_class.eos_token_id)

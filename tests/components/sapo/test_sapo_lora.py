@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_run import SMALL
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from components.common.conversations import read_rows
@@ -13,24 +14,7 @@ from components.sapo.lora import merged_weights
 from components.sapo.pair_forward import PairIds, collate, response_logps
 from components.sapo.trainer import SAPOTrainer
 
-SETTINGS = {
-    "use_peft": True,
-    "lora_r": 4,
-    "lora_alpha": 8,
-    "max_steps": 6,
-    "per_device_train_batch_size": 4,
-    "max_length": 96,
-    "segment_length": 6,
-    "max_new_tokens": 6,
-    "replay_buffer_size": 12,
-    "learning_rate": 1e-2,
-    "reference_interval": 3,
-    "logging_steps": 1,
-    "report_to": "none",
-    "save_strategy": "no",
-    "use_cpu": True,
-    "disable_tqdm": True,
-}
+SETTINGS = SMALL | {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-2, "reference_interval": 3}
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import traceback
 
 import pytest
 import torch
+from small_run import SMALL
 
 from components.common.conversations import read_rows
 from components.common.samplers.worker import SamplerTimeout
@@ -14,21 +15,7 @@ from components.sapo.schedule import Overlap, Sync
 from components.sapo.state import identity
 from components.sapo.trainer import SAPOTrainer
 
-SETTINGS = {
-    "max_steps": 8,
-    "per_device_train_batch_size": 4,
-    "max_length": 96,
-    "segment_length": 6,
-    "max_new_tokens": 6,
-    "replay_buffer_size": 12,
-    "learning_rate": 1e-3,
-    "ema_interval": 1,
-    "logging_steps": 1,
-    "report_to": "none",
-    "save_strategy": "no",
-    "use_cpu": True,
-    "disable_tqdm": True,
-}
+SETTINGS = SMALL | {"max_steps": 8, "learning_rate": 1e-3, "ema_interval": 1}
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from small_run import SMALL
 
 from components.common.conversations import read_rows
 from components.common.models import load_model, load_tokenizer
@@ -16,22 +17,8 @@ from components.sapo.trainer import SAPOTrainer
 
 
 def config(tmp_path, **settings) -> SAPOConfig:
-    defaults = {
-        "output_dir": str(tmp_path / "log"),
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "max_length": 96,
-        "segment_length": 6,
-        "max_new_tokens": 6,
-        "replay_buffer_size": 50,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    return SAPOConfig(**(defaults | settings))
+    defaults = SMALL | {"max_steps": 4, "replay_buffer_size": 50, "learning_rate": 1e-3}
+    return SAPOConfig(output_dir=str(tmp_path / "log"), **(defaults | settings))
 
 
 @pytest.fixture

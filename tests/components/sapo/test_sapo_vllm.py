@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from small_run import SMALL
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from components.common.conversations import read_rows
@@ -18,22 +19,7 @@ from components.sapo.trainer import SAPOTrainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not find_spec("vllm"), reason="vLLM is not installed")]
 
-SETTINGS = {
-    "sampler": "vllm",
-    "max_steps": 6,
-    "per_device_train_batch_size": 4,
-    "max_length": 96,
-    "segment_length": 6,
-    "max_new_tokens": 6,
-    "replay_buffer_size": 12,
-    "learning_rate": 3e-3,
-    "ema_interval": 1,
-    "logging_steps": 1,
-    "report_to": "none",
-    "save_strategy": "no",
-    "use_cpu": True,
-    "disable_tqdm": True,
-}
+SETTINGS = SMALL | {"sampler": "vllm", "learning_rate": 3e-3, "ema_interval": 1}
 
 
 @pytest.fixture(scope="module")
