@@ -1,27 +1,15 @@
 """The sampler that needs nothing: `transformers`' generate on a model that is already in memory."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    TopPLogitsWarper,
-)
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, TopPLogitsWarper
 
 from components.common.samplers import Canary, SamplingSettings
-
-GROUPED = "sapo_grouped"
+from components.common.samplers.cpu_decode import prefill, quick_decoding
 
 
 class HFSampler:
@@ -73,13 +61,14 @@ class HFSampler:
         was_training = self.model.training
         self.model.eval()
         generate: Any = self.model.generate
-        with _grouped_attention(self.model):
+        with quick_decoding(self.model):
             output = generate(
                 input_ids=input_ids.to(self.model.device),
                 attention_mask=attention_mask.to(self.model.device),
                 max_new_tokens=max_new_tokens,
                 eos_token_id=sorted(self.settings.stop_ids),
                 pad_token_id=self.pad_id,
+                past_key_values=prefill(self.model, prompts, max_new_tokens),
                 use_cache=True,
                 # Greedy for `generate`: the last processor has drawn the token.
                 **{"do_sample": False, "temperature": None, "top_k": None, "top_p": None},
@@ -131,41 +120,3 @@ class _SeededDraw(LogitsProcessor):
         self.step += 1
         drawn = drawn if tokens is None else tokens.gather(1, drawn)
         return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
-
-
-@contextmanager
-def _grouped_attention(model: PreTrainedModel) -> Iterator[None]:
-    """On a CPU, attention that does not copy the key-value cache for each query head while a model generates."""
-    config: Any = model.config
-    before = config._attn_implementation
-    if before == "sdpa" and model.device.type == "cpu":
-        config._attn_implementation = GROUPED
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-
-
-def _attend_grouped(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
-    """transformers' `sdpa`, but a single query's heads that share a key-value head are that head's queries.
-
-    transformers repeats keys and values for every query head first, which at each token costs several times the attention.
-
-    Args:
-        query: (batch, heads, queries, size); key and value: (batch, key-value heads, keys, size).
-        attention_mask: (batch, 1, queries, keys), or None where all is seen.
-
-    Returns:
-        (batch, queries, heads, size).
-    """
-    if query.shape[2] > 1 or options.keys() & {"position_bias", "cache"}:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    groups = query.reshape(len(query), key.shape[1], -1, query.shape[3])
-    mixed = F.scaled_dot_product_attention(groups, key, value, attn_mask=attention_mask, scale=options.get("scaling"))
-    return mixed.reshape(len(query), 1, -1, value.shape[3]), None
-
-
-AttentionInterface.register(GROUPED, _attend_grouped)
-AttentionMaskInterface.register(GROUPED, sdpa_mask)

@@ -4,11 +4,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import AutoConfig, AutoModelForCausalLM, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from components.common.models import load_model
-from components.common.samplers import SamplingSettings, hf, request_seed
+from components.common.samplers import SamplingSettings, cpu_decode, hf, request_seed
 from components.common.samplers.hf import HFSampler, _SeededDraw
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12], [5, 6, 7, 8, 9, 10, 11, 12, 13]]
@@ -77,22 +78,70 @@ def test_filters_are_those_of_generate(top_k, top_p):
     assert torch.equal(ours, expected)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
-def test_attention_by_groups_generates_what_transformers_does(family, monkeypatch):
-    """Three query heads to a key-value head, prompts of several lengths, continuations beyond the sliding window."""
+@pytest.fixture
+def family(request):
+    """Three query heads to a key-value head; Mistral's sliding window is shorter than what is generated."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "hidden_size": 48, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
-    more = {"sliding_window": 4} if family == "mistral" else {}
-    config = AutoConfig.for_model(family, num_attention_heads=6, num_key_value_heads=2, **sizes, **more)
+    more = {"sliding_window": 4} if request.param == "mistral" else {}
+    config = AutoConfig.for_model(request.param, num_attention_heads=6, num_key_value_heads=2, **sizes, **more)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # Qwen2's, which start at 0
+            nn.init.normal_(parameter)
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"], indirect=True)
+@pytest.mark.parametrize("prompts", [PROMPTS, [[5], [6], [7]], [[5], [6, 7, 8]] * 5, [list(range(5, 20))]])
+@pytest.mark.parametrize("group", [1, 12, 1024])
+def test_quick_decoding_generates_what_transformers_does(family, prompts, group, monkeypatch):
+    """Prompts of one token and of several, as many as are few rows and more; each in a group of its own, some, all in one."""
+    seeds, limits = list(range(len(prompts))), [12] * len(prompts)
+    monkeypatch.setattr(cpu_decode, "PREFILL_TOKENS", group)
     calls = []
     attend = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: (calls.append(a), attend(*a, **k))[1])
-    ours = sampler(model).generate(PROMPTS, [12] * 3, SEEDS)
+    ours = sampler(family).generate(prompts, limits, seeds)
     assert any(query.shape[1:3] == (2, 3) for query, *_ in calls)  # queries of a step, grouped
-    assert model.config._attn_implementation == "sdpa"
-    monkeypatch.setattr(hf, "_grouped_attention", lambda model: nullcontext())
-    assert ours == sampler(model).generate(PROMPTS, [12] * 3, SEEDS)
+    assert family.config._attn_implementation == "sdpa"
+    assert not any("forward" in vars(module) for module in family.modules())
+    monkeypatch.setattr(hf, "quick_decoding", lambda model: nullcontext())
+    monkeypatch.setattr(hf, "prefill", lambda *arguments: None)
+    assert ours == sampler(family).generate(prompts, limits, seeds)
+
+
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
+def test_the_cache_is_what_the_prompts_alone_have_and_grows_in_place(family, monkeypatch):
+    """Rows of 1 and 5 tokens (their last left out) in groups of their own, and 2 more: places 4 and 0 to 3 of 7."""
+    monkeypatch.setattr(cpu_decode, "PREFILL_TOKENS", 1)
+    prompts = [[7, 8], [5, 6, 7, 8, 9]]
+    with torch.no_grad():
+        cache = cpu_decode.prefill(family, prompts, more_tokens=2)
+        alone = family(torch.tensor([prompts[1][:-1]]), use_cache=True).past_key_values
+    assert cache.get_seq_length() == 4
+    for layer, whole in zip(cache.layers, alone.layers, strict=True):
+        assert torch.equal(layer.keys[1], whole.keys[0]) and torch.equal(layer.values[1], whole.values[0])
+        assert not layer.keys[0, :, :3].any() and layer.keys[0, :, 3].any()
+    layer, place = cache.layers[0], cache.layers[0].keys.data_ptr()
+    keys, values = layer.update(torch.ones(2, 2, 1, 8), 2 * torch.ones(2, 2, 1, 8))
+    assert keys.shape == (2, 2, 5, 8) and keys.data_ptr() == place
+    assert (keys[:, :, 4] == 1).all() and (values[:, :, 4] == 2).all()
+    assert torch.equal(keys[1, :, :4], alone.layers[0].keys[0])
+
+
+@pytest.mark.parametrize("family", ["mistral"], indirect=True)
+def test_a_sliding_window_keeps_the_cache_of_transformers(family):
+    assert cpu_decode.prefill(family, PROMPTS, more_tokens=2) is None
+
+
+@pytest.mark.parametrize(
+    ("lengths", "groups"), [([3, 4, 5], [(0, 2), (2, 3)]), ([20], [(0, 1)]), ([0, 9], [(0, 1), (1, 2)])]
+)
+def test_groups_hold_their_padding(lengths, groups, monkeypatch):
+    """At most 10 tokens: 2 x 4 fit and 3 x 5 do not; what is too long is alone."""
+    monkeypatch.setattr(cpu_decode, "PREFILL_TOKENS", 10)
+    assert list(cpu_decode._groups(lengths)) == groups
 
 
 def test_request_seeds_differ_by_every_part():
