@@ -105,7 +105,7 @@ class _GatedDown(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
         """(..., inner), (..., inner), (size, inner) -> (..., size) in the type of `gate`."""
         ctx.save_for_backward(gate, up, weight)
-        return F.linear(F.silu(gate) * up, weight.to(gate.dtype))
+        return F.linear(F.silu(gate).mul_(up), weight.to(gate.dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

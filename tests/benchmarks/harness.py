@@ -1,5 +1,6 @@
 """Interleaved timing of ours against a peer, and the table and file of results."""
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -74,7 +75,9 @@ def compare_apart(sides: list[Side], repeats: int) -> list[Measured]:
 
     The first round, from a heap without free memory, tells the memory; the rounds after it the seconds.
     """
-    context = multiprocessing.get_context("spawn")
+    # Each process is a fork of one that has done nothing but import, which takes longer than many a case.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.benchmarks.peers"])
     pipes, processes = [], []
     for side in sides:
         mine, theirs = context.Pipe()
@@ -86,8 +89,9 @@ def compare_apart(sides: list[Side], repeats: int) -> list[Measured]:
     try:
         rounds = [[_ask(pipe) for pipe in pipes] for _ in range(repeats + 1)]
     finally:
-        for process in processes:
-            process.terminate()
+        for pipe, process in zip(pipes, processes, strict=True):
+            with contextlib.suppress(BrokenPipeError):  # it has died
+                pipe.send(False)
             process.join()
     columns = zip(*rounds, strict=True)
     return [Measured(statistics.median(m.seconds for m in taken[1:]), taken[0].extra_gib) for taken in columns]

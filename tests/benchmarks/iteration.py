@@ -6,6 +6,7 @@ logits, an EMA parameter by parameter.
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,17 +30,18 @@ SHAPE = Shape(pairs=8, prompt=(150, 300), response=(120, 200), segment=(SEGMENT,
 
 
 def whole_iteration(quick: bool) -> list[Result]:
-    """DPO on eight pairs of a 512-token window with 64-token segments, no pair scored before by the reference.
+    """DPO on eight pairs (quick: two) of a 512-token window with 64-token segments, no pair scored before by the reference.
 
     Both sides sample with transformers' generate; `sampler` compares that with vLLM.
     """
     results = []
+    shape = replace(SHAPE, pairs=2) if quick else SHAPE
     for dtype in precisions(quick):
         check_losses(dtype)
-        arguments = (dtype, 2 if quick else 30)
+        arguments = (shape, dtype, 2 if quick else 30)
         sides = [Side(make, arguments, ours=make is our_iteration) for make in (plain_iteration, our_iteration)]
         theirs, mine = compare_apart(sides, 1)  # each takes a minute or two
-        setting = f"{SHAPE}, {dtype_name(dtype)}, {torch.get_num_threads()} threads"
+        setting = f"{shape}, {dtype_name(dtype)}, {torch.get_num_threads()} threads"
         results.append(speed("whole DPO iteration", setting, "written plainly", theirs, mine))
     return results
 
@@ -54,12 +56,12 @@ def check_losses(dtype: torch.dtype) -> None:
         raise AssertionError(f"losses on the same pairs differ: {mine}, {theirs}")
 
 
-def plain_iteration(dtype: torch.dtype, layers: int) -> Callable[[], None]:
-    return Plain(smollm2_shape(layers), make_pairs(SHAPE), dtype).iteration
+def plain_iteration(shape: Shape, dtype: torch.dtype, layers: int) -> Callable[[], None]:
+    return Plain(smollm2_shape(layers), make_pairs(shape), dtype).iteration
 
 
-def our_iteration(dtype: torch.dtype, layers: int) -> Callable[[], None]:
-    return Ours(smollm2_shape(layers), make_pairs(SHAPE), dtype).iteration
+def our_iteration(shape: Shape, dtype: torch.dtype, layers: int) -> Callable[[], None]:
+    return Ours(smollm2_shape(layers), make_pairs(shape), dtype).iteration
 
 
 def contexts(pairs: list[PairIds]) -> list[list[int]]:

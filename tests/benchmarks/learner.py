@@ -27,6 +27,7 @@ from tests.benchmarks.shapes import (
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 OPTIONS = {"report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True}
+GROWN: list[dict[str, Any]] = [{"prompt": (600, 600)}, {"response": (400, 400), "segment": (192, 192)}, {"pairs": 4}]
 REFERENCE = -1000.0  # log-prob of every response under the reference, given to both sides
 Loss = Callable[[], torch.Tensor]
 Step = Callable[[], None]
@@ -34,7 +35,7 @@ Step = Callable[[], None]
 
 def learner_step(quick: bool) -> list[Result]:
     """DPO and ORPO at the lengths of SAPO's pairs: time and extra peak memory."""
-    layers, shape = 2 if quick else 30, Shape()
+    layers, shape = 2 if quick else 30, Shape(pairs=1 if quick else 2)
     model, pairs = smollm2_shape(layers), make_pairs(shape)
     results = []
     for dtype in precisions(quick):
@@ -56,10 +57,10 @@ def learner_step(quick: bool) -> list[Result]:
 def growth(quick: bool) -> list[Result]:
     """The DPO step of a four-layer model as one size grows at a time."""
     results = []
-    sizes = [(Shape(prompt=(p, p), response=(200, 200), segment=(96, 96)), 49152) for p in (100, 800)]
-    sizes += [(Shape(prompt=(300, 300), response=(r, r), segment=(r // 2, r // 2)), 49152) for r in (64, 512)]
-    sizes += [(Shape(pairs=n, prompt=(300, 300), response=(200, 200), segment=(96, 96)), 49152) for n in (1, 4)]
-    sizes += [(Shape(prompt=(300, 300), response=(200, 200), segment=(96, 96)), v) for v in (8192, 131072)]
+    lengths = {"prompt": (300, 300), "response": (200, 200), "segment": (96, 96)}
+    sizes = [(Shape(**lengths), 49152)]
+    sizes += [(Shape(**(lengths | grown)), 49152) for grown in GROWN]
+    sizes += [(Shape(**lengths), vocabulary) for vocabulary in (8192, 98304)]
     for shape, vocabulary in sizes[:1] if quick else sizes:
         arguments = (shape, torch.float32, 2 if quick else 4, vocabulary)
         sides = [Side(prepared, (make, *arguments), make is our_dpo) for make in (trl_dpo, our_dpo)]

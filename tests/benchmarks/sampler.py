@@ -5,13 +5,11 @@ starts it.
 """
 
 import json
-import logging
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import warnings
 from dataclasses import asdict
 from typing import Any
 
@@ -23,7 +21,7 @@ from components.common.errors import UserError
 from components.common.samplers import SamplingSettings, make_canary
 from components.common.samplers.hf import HFSampler
 from components.sapo.ema import copy_weights, frozen_copy, weights_of
-from tests.benchmarks.harness import Measured, Result, compare, speed
+from tests.benchmarks.harness import Measured, Result, compare, quiet, speed
 from tests.benchmarks.shapes import dtype_name, precisions, save, smollm2_shape
 
 SETTINGS = SamplingSettings(temperature=0.7, top_k=50, top_p=0.95, stop_ids=frozenset({1}))
@@ -75,7 +73,7 @@ def generation(model: LlamaForCausalLM, vllm: Any, quick: bool) -> list[Result]:
         vllm._llm.reset_prefix_cache()  # as after a push: every prompt is computed
         go(vllm)
 
-    theirs, ours = compare([lambda: go(hf), fresh], 1 if quick else 3)
+    theirs, ours = compare([lambda: go(hf), fresh], 1 if quick else 2)
     setting = (
         f"{PROMPTS} x {NEW_TOKENS} tokens after prompts of {SHORTEST}-{LONGEST}, {dtype_name(model.dtype)}, 1 thread"
     )
@@ -129,7 +127,6 @@ def overlap(directory: str) -> list[Result]:
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
+    quiet()
     torch.set_num_threads(1)
     print(json.dumps([asdict(result) for result in main("--quick" in sys.argv)]))
