@@ -51,7 +51,7 @@ def main(quick: bool) -> list[Result]:
         with tempfile.TemporaryDirectory() as directory:
             save(model, directory)
             vllm = VLLMSampler(directory, SETTINGS, max_model_len=512, dtype=dtype_name(dtype))
-            results += [*generation(model, vllm, quick), *push(model, vllm, quick)]
+            results += [*generation(model, vllm), *push(model, vllm, quick)]
             vllm.close()
     if not quick:  # every run of it starts an engine
         with tempfile.TemporaryDirectory() as directory:
@@ -60,7 +60,7 @@ def main(quick: bool) -> list[Result]:
     return results
 
 
-def generation(model: LlamaForCausalLM, vllm: Any, quick: bool) -> list[Result]:
+def generation(model: LlamaForCausalLM, vllm: Any) -> list[Result]:
     """Tokens a second, as milliseconds for the same tokens."""
     hf, random = HFSampler(model, SETTINGS, pad_id=0), np.random.default_rng(0)
     lengths = random.integers(SHORTEST, LONGEST + 1, PROMPTS)
@@ -73,7 +73,7 @@ def generation(model: LlamaForCausalLM, vllm: Any, quick: bool) -> list[Result]:
         vllm._llm.reset_prefix_cache()  # as after a push: every prompt is computed
         go(vllm)
 
-    theirs, ours = compare([lambda: go(hf), fresh], 1 if quick else 2)
+    theirs, ours = compare([lambda: go(hf), fresh], 1)
     setting = (
         f"{PROMPTS} x {NEW_TOKENS} tokens after prompts of {SHORTEST}-{LONGEST}, {dtype_name(model.dtype)}, 1 thread"
     )
@@ -108,22 +108,20 @@ def overlap(directory: str) -> list[Result]:
     options |= {"sampler": "vllm", "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no"}
     options |= {"per_device_train_batch_size": 2, "responses_per_prompt": 4, "disable_tqdm": True, "logging_steps": 1}
     options |= {"max_steps": 6}
-    taken: dict[str, list[float]] = {"sync": [], "overlap": []}
+    taken: list[Measured] = []
     share = 0.0
-    for _ in range(2):
-        for schedule, seconds in taken.items():
-            args = SAPOConfig(output_dir=f"{directory}/{schedule}", schedule=schedule, **options)
-            trainer = SAPOTrainer(directory, args, rows)
-            trainer.remove_callback(PrinterCallback)
-            runtime = trainer.train().metrics["train_runtime"]
-            seconds.append(runtime / args.max_steps)
-            trainer.sampler.close()  # type: ignore[attr-defined]
-            if schedule == "sync":
-                sampled = [e["seconds/sample"] for e in trainer.state.log_history if "seconds/sample" in e]
-                share = statistics.mean(sampled) * args.max_steps / runtime
-    sync, beside = (Measured(statistics.median(seconds), 0.0) for seconds in taken.values())
+    for schedule in ("sync", "overlap"):
+        args = SAPOConfig(output_dir=f"{directory}/{schedule}", schedule=schedule, **options)
+        trainer = SAPOTrainer(directory, args, rows)
+        trainer.remove_callback(PrinterCallback)
+        runtime = trainer.train().metrics["train_runtime"]
+        taken.append(Measured(runtime / args.max_steps, 0.0))
+        trainer.sampler.close()  # type: ignore[attr-defined]
+        if schedule == "sync":
+            sampled = [e["seconds/sample"] for e in trainer.state.log_history if "seconds/sample" in e]
+            share = statistics.mean(sampled) * args.max_steps / runtime
     setting = f"8 layers, 2 pairs, 8 x {NEW_TOKENS} tokens sampled ({share:.0%} of a sync step), 1 thread each"
-    return [speed("SAPO step, overlap", setting, "sync", sync, beside)]
+    return [speed("SAPO step, overlap", setting, "sync", *taken)]
 
 
 if __name__ == "__main__":

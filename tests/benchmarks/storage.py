@@ -15,13 +15,13 @@ from tests.faults.store import ACCESS_KEY, BUCKET, SECRET_KEY, Store
 
 
 def storage(quick: bool) -> list[Result]:
-    """One file of 500 MB and a few small ones, to and from SeaweedFS on loopback."""
+    """One file of 200 MB and a few small ones, to and from SeaweedFS on loopback."""
     with tempfile.TemporaryDirectory() as scratch:
         store = Store(Path(scratch) / "store")
         os.environ |= store.environment()
         client.connect.cache_clear()
         try:
-            return _measure(Path(scratch), store, megabytes=50 if quick else 500, repeats=2 if quick else 3)
+            return _measure(Path(scratch), store, megabytes=50 if quick else 200, repeats=2 if quick else 3)
         finally:
             store.stop()
             client.connect.cache_clear()
