@@ -60,7 +60,7 @@ def growth(quick: bool) -> list[Result]:
     lengths = {"prompt": (300, 300), "response": (200, 200), "segment": (96, 96)}
     sizes = [(Shape(**lengths), 49152)]
     sizes += [(Shape(**(lengths | grown)), 49152) for grown in GROWN]
-    sizes += [(Shape(**lengths), vocabulary) for vocabulary in (8192, 98304)]
+    sizes += [(Shape(**lengths), 8192)]
     for shape, vocabulary in sizes[:1] if quick else sizes:
         arguments = (shape, torch.float32, 2 if quick else 4, vocabulary)
         sides = [Side(prepared, (make, *arguments), make is our_dpo) for make in (trl_dpo, our_dpo)]

@@ -107,7 +107,7 @@ def overlap(directory: str) -> list[Result]:
     options = {"loss_type": "dpo", "segment_length": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "max_length": 512}
     options |= {"sampler": "vllm", "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no"}
     options |= {"per_device_train_batch_size": 2, "responses_per_prompt": 4, "disable_tqdm": True, "logging_steps": 1}
-    options |= {"max_steps": 6}
+    options |= {"max_steps": 4}
     taken: list[Measured] = []
     share = 0.0
     for schedule in ("sync", "overlap"):
