@@ -18,9 +18,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 GROUPED = "sapo_grouped"
-PREFILL_TOKENS = (
-    1024  # computed together, with their padding: enough for products at full speed, few enough to pad little
-)
+# Tokens of prompts, with their padding, that are computed together: enough for products at full speed, few enough to pad little.
+PREFILL_TOKENS = 1024
 FEW_ROWS = 8
 
 

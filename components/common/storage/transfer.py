@@ -70,11 +70,6 @@ def delete(place: Location, names: Iterable[str]) -> None:
             connect().delete_object(Bucket=place.bucket, Key=place.prefix + name)
 
 
-def delete_all(place: Location) -> None:
-    """Deletes every object below a prefix."""
-    delete(place, objects(place))
-
-
 def abort_uploads(place: Location) -> None:
     """Gives up multipart uploads below a prefix: a store keeps, and charges for, the parts that a killed process has sent."""
     with explained(place):
