@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 GROUPED = "sapo_grouped"
-# Tokens of prompts, with their padding, that are computed together: enough for products at full speed, few enough to pad little.
+# Prompt tokens, padding too, that are computed together: enough for products at full speed, few enough to pad little.
 PREFILL_TOKENS = 1024
 FEW_ROWS = 8
 
