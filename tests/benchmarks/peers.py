@@ -8,4 +8,4 @@ from trl import DPOTrainer  # noqa: E402, F401
 from trl.experimental.orpo import ORPOTrainer  # noqa: E402, F401
 
 import tests.benchmarks.iteration  # noqa: E402
-import tests.benchmarks.learner  # noqa: E402, F401  (silences TRL's warning of what is experimental)
+import tests.benchmarks.learner  # noqa: E402, F401
