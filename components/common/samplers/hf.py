@@ -61,7 +61,7 @@ class HFSampler:
         was_training = self.model.training
         self.model.eval()
         generate: Any = self.model.generate
-        with quick_decoding(self.model):
+        with quick_decoding(self.model, max_new_tokens):
             output = generate(
                 input_ids=input_ids.to(self.model.device),
                 attention_mask=attention_mask.to(self.model.device),
