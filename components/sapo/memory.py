@@ -380,6 +380,7 @@ def _generating(model: Architecture, setup: Setup, capacity: float) -> dict[str,
             "key-value cache": cache,
             "prompts": _prefill(model, setup),
             "a layer out of 4 bits": _unpacked(model, setup),
+            "weights laid out for a CPU": _laid_out(model, setup),
         }
         return {name: size for name, size in found.items() if size}
     return {"vLLM": setup.utilization * capacity} if setup.sampler == "vllm" and setup.sleeps else {}
@@ -390,6 +391,13 @@ def _prefill(model: Architecture, setup: Setup) -> float:
     with the base's and the adapter's in float32, before and after it is scaled."""
     c = setup.engine_bytes
     return setup.cached_tokens * model.intermediate * (3 * c if setup.adapter is None else 2 * c + 8)
+
+
+def _laid_out(model: Architecture, setup: Setup) -> float:
+    """A second copy of the linear layers' weights for generate on a CPU; those in 4 bits stay as they are."""
+    in_4bit = setup.adapter is not None and setup.adapter.in_4bit
+    weights = model.head + (0 if in_4bit else model.in_linears)
+    return setup.engine_bytes * weights if setup.on_cpu else 0.0
 
 
 def engine_needs(model: Architecture, setup: Setup, length: int) -> float:

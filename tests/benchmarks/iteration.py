@@ -29,7 +29,7 @@ SETTINGS = SamplingSettings(0.7, 50, 0.95, frozenset({2}))
 SHAPE = Shape(pairs=8, prompt=(150, 300), response=(120, 200), segment=(SEGMENT, SEGMENT))
 
 
-def whole_iteration(quick: bool) -> list[Result]:
+def whole_iteration(quick: bool, rounds: int) -> list[Result]:
     """DPO on eight pairs (quick: two) of a 512-token window with 64-token segments, no pair scored before by the reference.
 
     Both sides sample with transformers' generate; `sampler` compares that with vLLM.
@@ -40,7 +40,7 @@ def whole_iteration(quick: bool) -> list[Result]:
         check_losses(dtype)
         arguments = (shape, dtype, 2 if quick else 30)
         sides = [Side(make, arguments, ours=make is our_iteration) for make in (plain_iteration, our_iteration)]
-        theirs, mine = compare_apart(sides, 1)  # each takes a minute or two
+        theirs, mine = compare_apart(sides, rounds)
         setting = f"{shape}, {dtype_name(dtype)}, {torch.get_num_threads()} threads"
         results.append(speed("whole DPO iteration", setting, "written plainly", theirs, mine))
     return results

@@ -33,7 +33,7 @@ Loss = Callable[[], torch.Tensor]
 Step = Callable[[], None]
 
 
-def learner_step(quick: bool) -> list[Result]:
+def learner_step(quick: bool, rounds: int) -> list[Result]:
     """DPO and ORPO at the lengths of SAPO's pairs: time and extra peak memory."""
     layers, shape = 2 if quick else 30, Shape(pairs=1 if quick else 2)
     model, pairs = smollm2_shape(layers), make_pairs(shape)
@@ -46,7 +46,7 @@ def learner_step(quick: bool) -> list[Result]:
             limit = learner_flops(model, pairs, name == "DPO") / matrix_speed(dtype)
             setting = f"{shape}, {dtype_name(dtype)}, {torch.get_num_threads()} threads"
             sides = [Side(prepared, (make, shape, dtype, layers), make is ours) for make in (theirs, ours)]
-            peer_values, our_values = compare_apart(sides, 1)
+            peer_values, our_values = compare_apart(sides, rounds)
             results += [
                 speed(f"{name} learner step", setting, peer, peer_values, our_values, limit),
                 memory(f"{name} extra peak memory", setting, peer, peer_values, our_values),

@@ -36,7 +36,7 @@ def quick_decoding(model: PreTrainedModel, tokens: int) -> Iterator[None]:
         return
     config: Any = model.config
     attention = config._attn_implementation
-    plain = [module for module in model.modules() if tokens >= FEWEST_TOKENS and _can_be_packed(module)]
+    plain: list[Any] = [module for module in model.modules() if tokens >= FEWEST_TOKENS and _can_be_packed(module)]
     config._attn_implementation = GROUPED if attention == "sdpa" else attention
     for module in plain:
         packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), ROWS)

@@ -111,6 +111,38 @@ def test_quick_decoding_generates_what_transformers_does(family, prompts, group,
     assert ours == sampler(family).generate(prompts, limits, seeds)
 
 
+@pytest.mark.parametrize("family", ["qwen2"], indirect=True)  # with and without a bias
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_layers_are_packed_for_as_long_as_it_generates(family, dtype):
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor has no bfloat16")
+    family.to(dtype)
+    layers = {m: m.weight for m in family.modules() if isinstance(m, nn.Linear)}
+    inputs = {m: torch.randn(3, 2, m.in_features, dtype=dtype) for m in layers}
+    expected = {m: m(x) for m, x in inputs.items()}
+    with torch.no_grad(), cpu_decode.quick_decoding(family, tokens=8):
+        for module, x in inputs.items():
+            assert module.forward.func is cpu_decode._packed_linear
+            torch.testing.assert_close(
+                module(x), expected[module], atol=1e-6, rtol=0.01 if dtype.itemsize == 2 else 1e-5
+            )
+            with torch.autocast("cpu", torch.bfloat16):  # a layer before it gave bfloat16
+                assert module(x.bfloat16()).dtype == torch.bfloat16
+    assert all(m.weight is weight and "forward" not in vars(m) for m, weight in layers.items())
+    with cpu_decode.quick_decoding(family, tokens=7):
+        assert not any("forward" in vars(m) for m in layers)
+
+
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
+def test_weights_that_changed_are_seen_by_the_next_generate(family):
+    engine, limits = sampler(family), [12] * len(PROMPTS)
+    before = engine.generate(PROMPTS, limits, [0] * len(PROMPTS))
+    with torch.no_grad():
+        for parameter in family.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    assert engine.generate(PROMPTS, limits, [0] * len(PROMPTS)) != before
+
+
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
 def test_the_cache_is_what_the_prompts_alone_have_and_grows_in_place(family, monkeypatch):
     """Rows of 1 and 5 tokens (their last left out) in groups of their own, and 2 more: places 4 and 0 to 3 of 7."""

@@ -84,6 +84,10 @@ def test_a_run_that_generates_too_much_at_once_is_told_how_much_fits(llama):
         "prompts": (2 * 2 + 2 * 4) * 14336 * 64 * 2048,
         "a layer out of 4 bits": 2 * 4096 * 14336,
     }
+    on_cpu = memory.plan(llama, batch, dataclasses.replace(setup, on_cpu=True), 24e9).generate
+    assert on_cpu["weights laid out for a CPU"] == 2 * llama.head
+    plain = memory.plan(llama, batch, Setup(on_cpu=True), 24e9).generate
+    assert plain["weights laid out for a CPU"] == 2 * (llama.head + llama.in_linears)
     assert memory.advice(llama, batch, setup, 24e9).startswith("--sampler_batch_size 16: ")
 
 
