@@ -1,4 +1,4 @@
-"""Layers of Llama-like models that keep less for backward, with the same results."""
+"""Layers of Llama-like models that keep less for backward, or are faster on a CPU, with the same results."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from components.common import onednn
+
 
 @contextmanager
 def lean_layers(model: Any) -> Iterator[None]:
-    """Lets norms and gated MLPs work as `_Norm` and `_GatedDown`, where nothing has wrapped, sharded or quantised them."""
+    """Lets norms, gated MLPs and linear layers work as `_Norm`, `_GatedDown` and `_Linear`, where nothing has wrapped,
+    sharded or quantised them."""
     lean: list[tuple[nn.Module, Callable[..., Tensor]]] = []
     hooks = []
     for layer in model.base_model.layers:
@@ -23,6 +26,7 @@ def lean_layers(model: Any) -> Iterator[None]:
         hooks += [norm.register_forward_hook(_cast_for_autocast) for norm in norms]
         lean += [(norm, _norm) for norm in norms if _is_plain_norm(norm, model.config.hidden_size)]
         lean += [(layer.mlp, _gated_mlp)] if _is_plain_gated_mlp(layer.mlp) else []
+        lean += [(linear, _linear) for linear in layer.modules() if _is_plain_linear(linear)]
     for module, forward in lean:
         module.forward = functools.partial(forward, module)
     try:
@@ -87,6 +91,43 @@ class _Norm(torch.autograd.Function):
         return d_x.to(x.dtype), d_weight, None, None
 
 
+def _is_plain_linear(linear: Any) -> bool:
+    """Whether it is a float32 linear layer on a CPU, whole."""
+    if type(linear) is not nn.Linear or linear.weight.dtype != torch.float32 or linear.weight.device.type != "cpu":
+        return False
+    return _is_plain(linear, linear.weight, linear.in_features * linear.out_features)
+
+
+def _linear(linear: Any, x: Tensor) -> Tensor:
+    if x.dtype == _autocast_dtype(x) == torch.float32:
+        return _Linear.apply(x, linear.weight, linear.bias)
+    return F.linear(x, linear.weight, linear.bias)
+
+
+class _Linear(torch.autograd.Function):
+    """x @ weight.T + bias, with both products of the weight by oneDNN.
+
+    With g the incoming gradient:   d x = g @ weight,   d weight = g.T @ x,   d bias = sum g
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(..., in), (out, in), (out,) -> (..., out), float32."""
+        ctx.save_for_backward(x, weight)
+        return onednn.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        d_x, d_weight, d_bias = ctx.needs_input_grad
+        rows = gradients[0].flatten(0, -2)
+        return (
+            onednn.linear(gradients[0], weight.t()) if d_x else None,
+            rows.t() @ x.flatten(0, -2) if d_weight else None,
+            rows.sum(dim=0) if d_bias else None,
+        )
+
+
 def _is_plain_gated_mlp(mlp: Any) -> bool:
     """Whether it is down(silu(gate(x)) * up(x)) with a linear layer `down` without a bias, whole."""
     down: Any = getattr(mlp, "down_proj", None)
@@ -105,12 +146,12 @@ class _GatedDown(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
         """(..., inner), (..., inner), (size, inner) -> (..., size) in the type of `gate`."""
         ctx.save_for_backward(gate, up, weight)
-        return F.linear(F.silu(gate).mul_(up), weight.to(gate.dtype))
+        return onednn.linear(F.silu(gate).mul_(up), weight.to(gate.dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         gate, up, weight = ctx.saved_tensors
-        d_product, active = gradients[0] @ weight.to(gate.dtype), F.silu(gate)
+        d_product, active = onednn.linear(gradients[0], weight.to(gate.dtype).t()), F.silu(gate)
         d_gate = torch.ops.aten.silu_backward(d_product * up, gate)
         d_weight = None
         if ctx.needs_input_grad[2]:

@@ -17,10 +17,11 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from components.common import onednn
+
 GROUPED = "sapo_grouped"
 # Prompt tokens, padding too, that are computed together: enough for products at full speed, few enough to pad little.
 PREFILL_TOKENS = 1024
-ROWS = 8  # that oneDNN's layout of weights is chosen for; it is good for any number
 FEWEST_TOKENS = 8  # from which on laying out the weights pays
 
 
@@ -39,8 +40,7 @@ def quick_decoding(model: PreTrainedModel, tokens: int) -> Iterator[None]:
     plain: list[Any] = [module for module in model.modules() if tokens >= FEWEST_TOKENS and _can_be_packed(module)]
     config._attn_implementation = GROUPED if attention == "sdpa" else attention
     for module in plain:
-        packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), ROWS)
-        module.forward = functools.partial(_packed_linear, module, packed)
+        module.forward = functools.partial(_packed_linear, module, onednn.pack(module.weight))
     try:
         yield
     finally:
@@ -136,10 +136,7 @@ def _can_be_packed(module: nn.Module) -> bool:
     """Whether this is a plain linear layer of a type that oneDNN multiplies here."""
     if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter or "forward" in vars(module):
         return False
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    narrow = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return module.weight.dtype == torch.float32 or (module.weight.dtype == torch.bfloat16 and narrow)
+    return onednn.multiplies(module.weight.dtype)
 
 
 def _packed_linear(module: Any, packed: Tensor, x: Tensor) -> Tensor:
@@ -149,7 +146,7 @@ def _packed_linear(module: Any, packed: Tensor, x: Tensor) -> Tensor:
     """
     if x.dtype != module.weight.dtype:  # under autocast
         return F.linear(x, module.weight, module.bias)
-    return torch.ops.mkldnn._linear_pointwise(x, packed, module.bias, "none", [], "")
+    return onednn.packed_linear(x, packed, module.bias)
 
 
 def _attend_grouped(

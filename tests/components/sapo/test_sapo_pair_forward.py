@@ -6,6 +6,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from components.common import onednn
 from components.sapo import lean_layers, pair_attention, pair_forward
 from components.sapo.losses import dpo_loss, orpo_loss
 from components.sapo.pair_attention import PairLayout, Span, attend_pairs
@@ -80,9 +81,10 @@ def test_log_probs_are_those_of_single_sequences(family, share):
     assert not logps[~batch.response_mask].any()
 
 
+@pytest.mark.parametrize("rows", [1, 512], ids=["onednn", "mkl"])
 @pytest.mark.parametrize("loss_type", ["dpo", "orpo"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_losses_and_gradients_are_those_of_single_sequences(family, loss_type):
+def test_losses_and_gradients_are_those_of_single_sequences(family, loss_type, rows, monkeypatch):
     def loss(rows: list[torch.Tensor]) -> torch.Tensor:
         sums, means = torch.stack([row.sum() for row in rows]), torch.stack([row.mean() for row in rows])
         if loss_type == "dpo":
@@ -95,6 +97,10 @@ def test_losses_and_gradients_are_those_of_single_sequences(family, loss_type):
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss(rows), list(model.parameters()))])
 
     model = tiny(family)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # Qwen2's, which start at 0
+            torch.nn.init.normal_(parameter)
+    monkeypatch.setattr(onednn, "FEWEST_ROWS", rows)
     responses = [(p.prompt, p.chosen) for p in PAIRS] + [(p.prompt, p.rejected) for p in PAIRS]
     expected = gradient([alone(model, *sequence) for sequence in responses])
     for share in (True, False):
@@ -141,7 +147,27 @@ def test_layers_are_lean_while_pairs_are_packed(family):
         patch.setattr(lean_layers, "_is_plain", lambda *of: False)
         kept["plain"] = _bytes_kept(model, batch)
     assert kept["lean"] < 0.8 * kept["plain"]
-    assert all("forward" not in vars(layer.mlp) for layer in model.model.layers)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_linear_layers_go_to_onednn_in_both_directions(monkeypatch):
+    """Each layer's query, key, value, output, gate and up, and down in its MLP, forward; then the same again for gradients."""
+    monkeypatch.setattr(onednn, "FEWEST_ROWS", 1)
+    sizes = []
+    multiply = onednn.packed_linear
+    monkeypatch.setattr(onednn, "packed_linear", lambda x, *of: (sizes.append(x.shape[-1]), multiply(x, *of))[1])
+    model, batch = tiny("llama"), collate(PAIRS, pad_id=0, share=True)
+    logps = response_logps(model, batch)
+    layer = [16, 16, 16, 16, 16, 16, 32]  # inputs
+    assert sizes == [*layer, *layer, 16]  # and the head, one block of the vocabulary
+    sizes.clear()
+    logps.sum().backward()
+    # The head's logits again and their gradient; down, up, gate, output, value, key, query.
+    assert sorted(sizes) == sorted([16, 16, *2 * [16, 32, 32, 16, 8, 8, 16]])
+    with torch.autocast("cpu", torch.bfloat16):
+        sizes.clear()
+        response_logps(model, batch)
+    assert not sizes
 
 
 def _bytes_kept(model, batch):
