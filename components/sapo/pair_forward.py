@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from components.common import onednn
 from components.sapo.lean_layers import lean_layers
 from components.sapo.pair_attention import SHARED_PREFIX, PairLayout, Span
 
@@ -305,7 +304,7 @@ class _FusedLogps(torch.autograd.Function):
             rows, columns = _targets_within(block, targets)
             d_logits[rows, columns] += gradient[rows]
             d_logits = d_logits.to(hidden.dtype)
-            d_hidden += onednn.linear(d_logits, weight[block].to(hidden.dtype).t())
+            d_hidden += d_logits @ weight[block].to(hidden.dtype)
             if d_weight is not None:
                 d_weight[block] = d_logits.t() @ hidden
         return d_hidden.to(hidden.dtype), d_weight, None
@@ -324,7 +323,7 @@ def _vocabulary_blocks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
 
 def _block_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """(tokens, size), (block, size) -> (tokens, block), float32, multiplied in the type of `hidden`."""
-    return onednn.linear(hidden, weight.to(hidden.dtype)).float()
+    return (hidden @ weight.to(hidden.dtype).t()).float()
 
 
 def _targets_within(block: slice, targets: Tensor) -> tuple[Tensor, Tensor]:

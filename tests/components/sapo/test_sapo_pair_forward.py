@@ -81,7 +81,7 @@ def test_log_probs_are_those_of_single_sequences(family, share):
     assert not logps[~batch.response_mask].any()
 
 
-@pytest.mark.parametrize("rows", [1, 512], ids=["onednn", "mkl"])
+@pytest.mark.parametrize("rows", [1, 2048], ids=["onednn", "mkl"])
 @pytest.mark.parametrize("loss_type", ["dpo", "orpo"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_losses_and_gradients_are_those_of_single_sequences(family, loss_type, rows, monkeypatch):
@@ -159,11 +159,11 @@ def test_linear_layers_go_to_onednn_in_both_directions(monkeypatch):
     model, batch = tiny("llama"), collate(PAIRS, pad_id=0, share=True)
     logps = response_logps(model, batch)
     layer = [16, 16, 16, 16, 16, 16, 32]  # inputs
-    assert sizes == [*layer, *layer, 16]  # and the head, one block of the vocabulary
+    assert sizes == 2 * layer
     sizes.clear()
     logps.sum().backward()
-    # The head's logits again and their gradient; down, up, gate, output, value, key, query.
-    assert sorted(sizes) == sorted([16, 16, *2 * [16, 32, 32, 16, 8, 8, 16]])
+    # Down, up, gate, output, value, key, query; what they gave.
+    assert sorted(sizes) == sorted(2 * [16, 32, 32, 16, 8, 8, 16])
     with torch.autocast("cpu", torch.bfloat16):
         sizes.clear()
         response_logps(model, batch)
