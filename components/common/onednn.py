@@ -2,7 +2,7 @@
 
 These are the operators that torch.compile calls. Called eagerly, float32 goes to MKL instead, which reaches three quarters of
 oneDNN's speed on an AMD EPYC with AVX-512, and less for a few rows; bfloat16 goes to oneDNN, but a product of a few rows spends
-half of its time on laying the weights out.
+up to half of its time on laying the weights out.
 """
 
 import functools
