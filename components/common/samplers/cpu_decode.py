@@ -22,7 +22,7 @@ from components.common import onednn
 GROUPED = "sapo_grouped"
 # Prompt tokens, padding too, that are computed together: enough for products at full speed, few enough to pad little.
 PREFILL_TOKENS = 1024
-FEWEST_TOKENS = 8  # from which on laying out the weights pays
+FEWEST_TOKENS = 8  # by arithmetic, 5 tokens pay for laying out the weights
 
 
 @contextmanager
