@@ -31,6 +31,7 @@ check: $(VENV)/dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-cache
 	$(VENV)/bin/python -m pipelines compile --check
 
 format: $(VENV)/dev
@@ -38,10 +39,10 @@ format: $(VENV)/dev
 	$(VENV)/bin/ruff format .
 
 bench: $(VENV)/vllm
-	$(VENV)/bin/python -m tests.benchmarks $(BENCH)
+	$(VENV)/bin/python -m benchmarks $(BENCH)
 
 faults: $(VENV)/dev
-	$(VENV)/bin/python -m tests.faults.campaign $(FAULTS)
+	$(VENV)/bin/python -m faults.campaign $(FAULTS)
 
 compile: $(VENV)/all
 	$(VENV)/bin/python -m pipelines compile

@@ -25,8 +25,8 @@ from typing import Any, NoReturn
 
 import yaml
 
-from components.common.cli import prepare_output
-from components.common.errors import UserError
+from components.common.core.errors import UserError
+from components.common.stage.outputs import prepare_output
 from pipelines.methods import METHOD_LISTS, check_methods, select
 from pipelines.package import (
     COMPILED,

@@ -28,7 +28,7 @@ from kfp import local
 from kfp.local import docker_task_handler
 from requests.exceptions import RequestException
 
-from components.common.errors import UserError
+from components.common.core.errors import UserError
 from pipelines.local import STAGE_ENVIRONMENT, CannotStartError, LocalRun
 
 IMAGE_USER = 1000  # of docker/Dockerfile

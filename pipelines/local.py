@@ -47,7 +47,7 @@ from kfp.local import (
 from kfp.local.orchestrator import enhanced_dag_orchestrator, task_spec_utils
 from kfp.pipeline_spec import pipeline_spec_pb2
 
-from components.common.errors import UserError
+from components.common.core.errors import UserError
 from pipelines.package import Package
 
 KFP_VERSION = "2.17.0"

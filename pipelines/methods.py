@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from components.common.cli import read_yaml_mapping
-from components.common.errors import UserError
+from components.common.core.errors import UserError
+from components.common.stage.recipes import read_yaml_mapping
 
 STAGES = ("sapo", "dpo", "orpo", "spin", "sft")
 STARTS = ("base", "sft")

@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from components.common.cli import find_recipe, read_yaml_mapping, recipe_names
-from components.common.errors import UserError
-from components.common.locations import existing_path, scheme
+from components.common.core.errors import UserError
+from components.common.stage.recipes import find_recipe, read_yaml_mapping, recipe_names
+from components.common.storage.locations import existing_path, scheme
 from pipelines.methods import METHOD_LISTS
 
 COMPILED = Path(__file__).parent / "compiled"

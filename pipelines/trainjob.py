@@ -7,7 +7,7 @@ store, because the nodes share no disk. The method's recipe and settings, the ma
 import json
 from typing import Any
 
-from components.common.errors import UserError
+from components.common.core.errors import UserError
 from pipelines import cluster
 from pipelines.package import Package
 

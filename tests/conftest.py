@@ -56,13 +56,13 @@ def chat_rows(count: int) -> list[dict]:
 @pytest.fixture(autouse=True)
 def float32_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """The precision that a config takes by itself depends on the processor; what tests compare must not."""
-    monkeypatch.setattr("components.common.training.has_fast_bfloat16", lambda: False)
+    monkeypatch.setattr("components.common.training.config.has_fast_bfloat16", lambda: False)
 
 
 @pytest.fixture(scope="session")
 def chat_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data stage's output: 48 training and 16 held-out rows."""
-    from components.common.conversations import write_rows
+    from components.common.core.conversations import write_rows
 
     directory = tmp_path_factory.mktemp("data")
     rows = chat_rows(64)

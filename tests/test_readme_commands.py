@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 import pytest
 
-from components.common.cli import find_recipe
-from components.common.conversations import read_rows, write_rows
+from components.common.core.conversations import read_rows, write_rows
+from components.common.stage.recipes import find_recipe
 from pipelines.__main__ import main as pipelines_main
 
 ROOT = Path(__file__).parents[1]

@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from components.common.cli import ConfigParser, check_output, prepare_output, run_stage
-from components.common.conversations import write_rows
-from components.common.errors import UserError
-from components.common.kfp_outputs import publish
-from components.common.locations import existing_path, scheme
-from components.common.progress import progress
+from components.common.core.conversations import write_rows
+from components.common.core.errors import UserError
+from components.common.core.progress import progress
+from components.common.stage.kfp import publish
+from components.common.stage.outputs import check_output, prepare_output
+from components.common.stage.parser import ConfigParser
+from components.common.stage.run import run_stage
+from components.common.storage.locations import existing_path, scheme
 from components.data import report
 from components.data.config import DataConfig
 from components.data.rows import Collection, Example, Rejection, records_and_format

@@ -9,8 +9,8 @@ a response.
 from collections.abc import Iterator
 from typing import Any
 
-from components.common.conversations import Message
-from components.common.errors import UserError
+from components.common.core.conversations import Message
+from components.common.core.errors import UserError
 from components.data.config import DataConfig
 from components.data.formats import Fields, Notes
 from components.data.sources import Record, Source, load_json

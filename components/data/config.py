@@ -4,8 +4,8 @@ import dataclasses
 import math
 from typing import Literal
 
-from components.common.cli import REQUIRED, StageConfig, setting
-from components.common.locations import scheme, split_hub
+from components.common.stage.config import REQUIRED, StageConfig, setting
+from components.common.storage.locations import scheme, split_hub
 
 CHITCHAT = "pypi://chitchat-dataset"
 

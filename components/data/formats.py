@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from components.common.conversations import Message, check_messages
+from components.common.core.conversations import Message, check_messages
 
 Fields = dict[str, Any]
 Notes = Counter[str]

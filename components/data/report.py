@@ -6,7 +6,7 @@ import statistics
 from collections import Counter
 from typing import Any
 
-from components.common.conversations import Message, Row
+from components.common.core.conversations import Message, Row
 from components.data.config import DataConfig
 from components.data.rows import Collection, Example, Rejection, characters, turns
 from components.data.sources import where

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from components.common.conversations import Message, Row, check_row
-from components.common.errors import UserError
+from components.common.core.conversations import Message, Row, check_row
+from components.common.core.errors import UserError
 from components.data.chitchat import FilteredError, read_chitchat, windows
 from components.data.config import CHITCHAT, DataConfig
 from components.data.formats import CONVERTERS, Fields, Notes, detect_format

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.common.errors import UserError
-from components.common.locations import existing_path, fetch_hub, package_directory, scheme
+from components.common.core.errors import UserError
+from components.common.storage.locations import existing_path, fetch_hub, package_directory, scheme
 
 logger = logging.getLogger(__name__)
 

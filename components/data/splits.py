@@ -4,7 +4,7 @@ import hashlib
 from collections import defaultdict
 from dataclasses import replace
 
-from components.common.errors import UserError
+from components.common.core.errors import UserError
 from components.data.rows import Example, characters
 
 

@@ -10,13 +10,13 @@ A run that was interrupted (SIGTERM saves first and exits with 143) goes on when
 import time
 from collections.abc import Sequence
 
-from components.common.cli import run_stage
+from components.common.stage.run import run_stage
 
 
 def main(argv: Sequence[str]) -> None:
     started = time.perf_counter()
-    from components.common.preference import DPOSettings
-    from components.common.preference_stage import run
+    from components.common.training.preference import DPOSettings
+    from components.common.training.preference_stage import run
 
     run("dpo", DPOSettings, __doc__ or "", argv, started)
 

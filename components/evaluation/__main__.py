@@ -16,9 +16,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from components.common.cli import ConfigParser, check_output, prepare_output, run_stage
-from components.common.errors import UserError
-from components.common.kfp_outputs import publish
+from components.common.core.errors import UserError
+from components.common.stage.kfp import publish
+from components.common.stage.outputs import check_output, prepare_output
+from components.common.stage.parser import ConfigParser
+from components.common.stage.run import run_stage
 from components.evaluation import results
 from components.evaluation.benchmarks import Context, Outcome, load_benchmark
 from components.evaluation.config import EvaluationConfig

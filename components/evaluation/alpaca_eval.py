@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from components.common.errors import UserError
-from components.common.locations import existing_path, fetch_hub, scheme
+from components.common.core.errors import UserError
+from components.common.storage.locations import existing_path, fetch_hub, scheme
 from components.evaluation import generation
 from components.evaluation.benchmarks import Metric, Outcome
 from components.evaluation.generation import Answer, Request

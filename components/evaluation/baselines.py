@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from components.common.conversations import Row
+from components.common.core.conversations import Row
 from components.evaluation.held_out import CHOICES, TASK, reply, utf8_bytes
 
 if TYPE_CHECKING:

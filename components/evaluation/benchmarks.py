@@ -88,7 +88,7 @@ class Context:
     def _load(self, directory: str) -> "PreTrainedModel":
         import torch
 
-        from components.common.models import load_model
+        from components.common.models.loading import load_model
 
         # The mask that shares a prompt among replies is a boolean one, which "sdpa" takes.
         model = load_model(directory, self.dtype, attn_implementation="sdpa").eval()

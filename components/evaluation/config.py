@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from components.common.cli import REQUIRED, StageConfig, setting
+from components.common.stage.config import REQUIRED, StageConfig, setting
 from components.evaluation.benchmarks import LEADERBOARD, MODULES
 from components.evaluation.judged_config import JudgedConfig
 

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from components.common.chat_templates import encode_prompt
-from components.common.conversations import Message
-from components.common.engines import Engine, open_engine
-from components.common.errors import UserError
-from components.common.locations import existing_path
-from components.common.models import load_config, load_tokenizer, model_digest, stop_ids
-from components.common.progress import progress
-from components.common.samplers import Sampler, SamplingSettings, request_seed
+from components.common.core.conversations import Message
+from components.common.core.errors import UserError
+from components.common.core.progress import progress
+from components.common.generation.engines import Engine, open_engine
+from components.common.generation.protocol import Sampler, SamplingSettings, request_seed
+from components.common.models.chat_templates import encode_prompt
+from components.common.models.loading import load_config, load_tokenizer, model_digest, stop_ids
+from components.common.storage.locations import existing_path
 from components.evaluation.journal import Journal, digest, read_entries
 
 if TYPE_CHECKING:

@@ -15,11 +15,11 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from components.common.chat_templates import encode_response
-from components.common.conversations import Row, read_rows
-from components.common.errors import UserError
-from components.common.models import load_config, load_tokenizer
-from components.common.progress import progress
+from components.common.core.conversations import Row, read_rows
+from components.common.core.errors import UserError
+from components.common.core.progress import progress
+from components.common.models.chat_templates import encode_response
+from components.common.models.loading import load_config, load_tokenizer
 from components.evaluation.baselines import baselines
 from components.evaluation.benchmarks import Context, Outcome
 from components.evaluation.config import EvaluationConfig

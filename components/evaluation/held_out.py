@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from heapq import merge
 from typing import TYPE_CHECKING, Any
 
-from components.common.conversations import Row
-from components.common.errors import UserError
+from components.common.core.conversations import Row
+from components.common.core.errors import UserError
 from components.evaluation.benchmarks import Metric
 from components.evaluation.standard_errors import influence_stderr, influences
 
@@ -103,7 +103,7 @@ def _outwards(by_length: list[Row], position: int, length: int) -> Iterator[Row]
 
 def add_texts(documents: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase") -> list[dict[str, Any]]:
     """Documents as lm-eval takes them: the rendered prompt as `context`, and the sizes of the true reply."""
-    from components.common.chat_templates import encode_response
+    from components.common.models.chat_templates import encode_response
 
     return [
         {

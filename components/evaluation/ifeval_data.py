@@ -7,8 +7,8 @@ the user's back but from the location that `nltk_data` names.
 import importlib.util
 from pathlib import Path
 
-from components.common.errors import UserError
-from components.common.locations import existing_path, package_directory, scheme
+from components.common.core.errors import UserError
+from components.common.storage.locations import existing_path, package_directory, scheme
 
 RESOURCE = "tokenizers/punkt_tab/english"
 HOW = (

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from components.common.errors import UserError
+from components.common.core.errors import UserError
 
 
 class Journal:

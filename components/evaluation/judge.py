@@ -15,8 +15,8 @@ from typing import Any
 
 import openai
 
-from components.common.errors import UserError
-from components.common.progress import progress
+from components.common.core.errors import UserError
+from components.common.core.progress import progress
 from components.evaluation.journal import Journal, digest
 from components.evaluation.judged_config import JudgedConfig
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from components.common.cli import setting
+from components.common.stage.config import setting
 
 
 @dataclass(kw_only=True)

@@ -32,11 +32,11 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from components.common.errors import UserError
-from components.common.locations import existing_path
-from components.common.models import load_tokenizer, stop_ids
-from components.common.progress import progress
-from components.common.samplers.vllm import import_vllm, last_engine_cleans_up
+from components.common.core.errors import UserError
+from components.common.core.progress import progress
+from components.common.generation.vllm import import_vllm, last_engine_cleans_up
+from components.common.models.loading import load_tokenizer, stop_ids
+from components.common.storage.locations import existing_path
 from components.evaluation.benchmarks import Context, Metric, Outcome
 from components.evaluation.config import EvaluationConfig
 from components.evaluation.harness import window

@@ -14,7 +14,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from components.common.errors import UserError
+from components.common.core.errors import UserError
 from components.evaluation.benchmarks import HEADLINES, Metric, Outcome
 from components.evaluation.config import EvaluationConfig
 

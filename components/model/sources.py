@@ -17,10 +17,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from components.common.cli import read_yaml_mapping
-from components.common.conversations import read_rows
-from components.common.errors import UserError
-from components.common.locations import existing_path, fetch_hub, package_directory, scheme
+from components.common.core.conversations import read_rows
+from components.common.core.errors import UserError
+from components.common.stage.recipes import read_yaml_mapping
+from components.common.storage.locations import existing_path, fetch_hub, package_directory, scheme
 from components.model.config import SOURCES, ModelConfig
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from components.common.chat_templates import chat_template, end_of_turn, new_tokens
+from components.common.models.chat_templates import chat_template, end_of_turn, new_tokens
 
 
 def install_chat_template(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:

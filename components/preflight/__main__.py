@@ -10,9 +10,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from components.common.cli import ConfigParser, run_stage
-from components.common.errors import UserError
-from components.common.kfp_outputs import publish
+from components.common.core.errors import UserError
+from components.common.stage.kfp import publish
+from components.common.stage.parser import ConfigParser
+from components.common.stage.run import run_stage
 from components.preflight.checks import Check, check_inputs
 from components.preflight.config import PreflightConfig
 from components.preflight.namespace import check_namespace, of_pod

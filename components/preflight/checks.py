@@ -6,9 +6,9 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
-from components.common.errors import UserError
-from components.common.locations import scheme, split_hub
+from components.common.core.errors import UserError
 from components.common.storage.client import check_read, check_write, is_s3, split
+from components.common.storage.locations import scheme, split_hub
 from components.evaluation.judged_config import JudgedConfig
 from components.preflight.config import PreflightConfig
 

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from components.common.cli import StageConfig, find_recipe, read_yaml_mapping, setting
+from components.common.stage.config import StageConfig, setting
+from components.common.stage.recipes import find_recipe, read_yaml_mapping
 
 
 @dataclass(kw_only=True)

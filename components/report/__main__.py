@@ -9,9 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from components.common.cli import ConfigParser, check_output, prepare_output, run_stage
-from components.common.errors import UserError
-from components.common.kfp_outputs import publish
+from components.common.core.errors import UserError
+from components.common.stage.kfp import publish
+from components.common.stage.outputs import check_output, prepare_output
+from components.common.stage.parser import ConfigParser
+from components.common.stage.run import run_stage
 from components.report.artifacts import read_evaluations, read_trainings
 from components.report.comparison import Table
 from components.report.config import ReportConfig

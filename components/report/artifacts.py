@@ -9,8 +9,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
-from components.common.errors import UserError
-from components.common.locations import existing_path
+from components.common.core.errors import UserError
+from components.common.storage.locations import existing_path
 
 EVALUATION_SCHEMAS = (1, 2)  # 2 added what each benchmark took and found, and digests
 TRAINING_SCHEMAS = (1,)

@@ -2,7 +2,7 @@
 
 import json
 
-from components.common.errors import UserError
+from components.common.core.errors import UserError
 
 # Where KFP's launcher puts what it fetched from object storage.
 _MOUNTS = {"minio://": "/minio/", "s3://": "/s3/", "gs://": "/gcs/"}

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from components.common.cli import StageConfig, setting
+from components.common.stage.config import StageConfig, setting
 from components.report.collected import collected_paths
 
 

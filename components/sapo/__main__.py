@@ -17,22 +17,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from components.common import launch
-from components.common.cli import ConfigParser, run_stage
-from components.common.conversations import read_rows
-from components.common.errors import TERMINATED
-from components.common.kfp_outputs import publish
+from components.common.core.conversations import read_rows
+from components.common.core.errors import TERMINATED
+from components.common.stage.kfp import publish
+from components.common.stage.parser import ConfigParser
+from components.common.stage.run import run_stage
+from components.common.training.distributed import launch
 
 logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str]) -> None:
     started = time.perf_counter()
-    from components.common.chat_templates import encode_rows
-    from components.common.models import load_config, load_tokenizer
-    from components.common.processes import is_first, leave, prepare_output_once
-    from components.common.resume import ResumableStageConfig, checkpoint_to_resume
-    from components.common.training import HIDDEN
+    from components.common.models.chat_templates import encode_rows
+    from components.common.models.loading import load_config, load_tokenizer
+    from components.common.training.config import HIDDEN
+    from components.common.training.distributed.processes import is_first, leave, prepare_output_once
+    from components.common.training.resume import ResumableStageConfig, checkpoint_to_resume
     from components.sapo.checkpoint import complete_checkpoints, require_complete
     from components.sapo.config import SAPOConfig
     from components.sapo.lora import load_policy
@@ -86,8 +87,9 @@ def _train(
     checkpoint: Path | None,
     started: float,
 ) -> tuple[Any, dict[str, float]]:
-    from components.common.processes import is_first, show_progress_once
-    from components.common.training import final_evaluation, stage_arguments
+    from components.common.training.config import stage_arguments
+    from components.common.training.distributed.processes import is_first
+    from components.common.training.log import final_evaluation, show_progress_once
     from components.sapo.trainer import SAPOTrainer
 
     places = stage_arguments(stage.log_directory())
@@ -115,9 +117,9 @@ def _train(
 
 
 def _write(stage: Any, args: Any, trainer: Any, summary: dict[str, float], output: Path) -> None:
-    from components.common.processes import is_first
-    from components.common.resume import remove_checkpoints
-    from components.common.training import write_training_log
+    from components.common.training.distributed.processes import is_first
+    from components.common.training.log import write_training_log
+    from components.common.training.resume import remove_checkpoints
 
     trainer.save_trained(output)
     if not is_first():

@@ -34,8 +34,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from components.common.errors import UserError
-from components.common.processes import is_first, of_all, wait_for_all
+from components.common.core.errors import UserError
+from components.common.training.distributed.processes import is_first, of_all, wait_for_all
 
 MANIFEST = "manifest.json"
 KIND = "sapo-checkpoint"

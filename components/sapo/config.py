@@ -8,8 +8,8 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import is_bitsandbytes_available
 
-from components.common import training
-from components.common.cli import setting
+from components.common.stage.config import setting
+from components.common.training.config import settle_device
 from components.sapo.losses import LOSSES, LossType
 
 
@@ -125,7 +125,7 @@ class SAPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check()
-        training.settle_device(self)
+        settle_device(self)
         super().__post_init__()
         self._require(
             "use_peft", not (self.use_peft and self.is_sharded()), "an adapter is small: use parallelism = ddp"

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from components.common.errors import UserError
-from components.common.models import load_model
+from components.common.core.errors import UserError
+from components.common.models.loading import load_model
 from components.sapo.config import SAPOConfig
 
 ADAPTER = "default"

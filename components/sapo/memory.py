@@ -30,8 +30,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from components.common.models import whole_models
-from components.sapo.pair_forward import block_width
+from components.common.kernels.vocabulary_head import block_width
+from components.common.models.loading import whole_models
 
 GIB = 2**30
 # Values of optimizer state for each trained parameter, by the beginning of its name; 2 (Adam's) where none fits.

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from components.common.chat_templates import EncodedRow
+from components.common.models.chat_templates import EncodedRow
 from components.sapo.replay_buffer import Entry
 from components.sapo.segments import Rejected
 

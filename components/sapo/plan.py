@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from components.common.chat_templates import EncodedRow
+from components.common.kernels.pair_logps import SUPPORTED
+from components.common.models.chat_templates import EncodedRow
 from components.sapo import memory
 from components.sapo.config import SAPOConfig
 from components.sapo.losses import LOSSES
 from components.sapo.memory import GIB
-from components.sapo.pair_forward import SUPPORTED
 
 H100 = 80e9  # bytes; planned for where no GPU is visible
 PERCENTILE = 0.95  # rows longer than this share of all are not planned for

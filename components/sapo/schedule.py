@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from components.common.samplers.worker import Worker
+from components.common.generation.worker import Worker
 from components.sapo.replay_buffer import Entry
 
 

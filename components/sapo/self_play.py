@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from components.common.chat_templates import EncodedRow
-from components.common.samplers import Sampler, request_seed
+from components.common.generation.protocol import Sampler, request_seed
+from components.common.models.chat_templates import EncodedRow
 from components.sapo.config import SAPOConfig
 from components.sapo.replay_buffer import Entry
 from components.sapo.segments import Rejected, choose_segment, splice

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from components.common.errors import UserError
+from components.common.core.errors import UserError
 
 
 def layout_of(policy: nn.Module, optimizer: Any) -> Whole:

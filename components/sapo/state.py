@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from components.common.errors import UserError
-from components.common.processes import is_first, of_all
-from components.common.resume import refuse_other_run
-from components.common.training import library_versions
+from components.common.core.errors import UserError
+from components.common.training.distributed.processes import is_first, of_all
+from components.common.training.log import library_versions
+from components.common.training.resume import refuse_other_run
 from components.sapo import checkpoint
 from components.sapo.checkpoint import CheckpointReader, CheckpointWriter
 from components.sapo.ema import copy_weights

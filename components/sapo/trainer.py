@@ -34,28 +34,25 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 
-from components.common.chat_templates import EncodedRow, encode_rows
-from components.common.errors import UserError
-from components.common.models import load_model, load_tokenizer, stop_ids, whole_models
-from components.common.processes import is_first, of_all, sum_over_all
-from components.common.samplers import Canary, Sampler, SamplingSettings, make_canary
-from components.common.samplers.hf import HFSampler
+from components.common.core.errors import UserError
+from components.common.generation.hf import HFSampler
+from components.common.generation.protocol import Canary, Sampler, SamplingSettings, make_canary
+from components.common.kernels.pair_logps import (
+    pair_logps,
+    sequence_nll,
+    shared_prefix_attention,
+    supports_shared_prefix,
+)
+from components.common.kernels.pair_packing import PairBatch, PairIds, collate, whole_sequences
+from components.common.models.chat_templates import EncodedRow, encode_rows
+from components.common.models.loading import load_model, load_tokenizer, stop_ids, whole_models
+from components.common.training.distributed.processes import is_first, of_all, sum_over_all
 from components.sapo import checkpoint, self_play, state
 from components.sapo.checkpoint import CheckpointReader, CheckpointWriter
 from components.sapo.config import SAPOConfig
 from components.sapo.ema import EMA, copy_weights, frozen_copy, weights_of
 from components.sapo.lora import add_adapter, load_policy, merge_into, merged_weights
 from components.sapo.losses import LOSSES, PairLoss
-from components.sapo.pair_forward import (
-    PairBatch,
-    PairIds,
-    collate,
-    pair_logps,
-    sequence_nll,
-    shared_prefix_attention,
-    supports_shared_prefix,
-    whole_sequences,
-)
 from components.sapo.pair_log import PairLog
 from components.sapo.reference_cache import ReferenceCache
 from components.sapo.replay_buffer import Entry, ReplayBuffer
@@ -185,7 +182,7 @@ class SAPOTrainer(Trainer):
         if self.args.sampler == "hf":
             model: Any = self.served_model
             return HFSampler(model, settings, self.pad_id, self.args.sampler_batch_size)
-        from components.common.samplers.vllm import VLLMSampler
+        from components.common.generation.vllm import VLLMSampler
 
         return VLLMSampler(
             str(self.policy.name_or_path),

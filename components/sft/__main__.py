@@ -16,26 +16,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from components.common import launch
-from components.common.cli import ConfigParser, run_stage
-from components.common.conversations import Row, read_rows
-from components.common.kfp_outputs import publish
+from components.common.core.conversations import Row, read_rows
+from components.common.stage.kfp import publish
+from components.common.stage.parser import ConfigParser
+from components.common.stage.run import run_stage
+from components.common.training.distributed import launch
 
 logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str]) -> None:
     started = time.perf_counter()
-    from components.common.models import load_tokenizer
-    from components.common.processes import is_first, leave, prepare_output_once
-    from components.common.resume import (
+    from components.common.models.loading import load_tokenizer
+    from components.common.training.config import HIDDEN
+    from components.common.training.distributed.processes import is_first, leave, prepare_output_once
+    from components.common.training.resume import (
         ResumableStageConfig,
         RunRecord,
         check_identity,
         checkpoint_to_resume,
         run_identity,
     )
-    from components.common.training import HIDDEN
     from components.sft.config import SFTSettings
 
     parser = ConfigParser("sft", [ResumableStageConfig, SFTSettings], hidden=HIDDEN)
@@ -71,7 +72,7 @@ def _dataset(tokenizer: Any, stage: Any, args: Any, rows: list[Row]) -> tuple[An
     """Rows as (`input_ids`, `completion_mask`), 1 on response tokens; and how many were dropped."""
     from datasets import Dataset, disable_progress_bars
 
-    from components.common.chat_templates import encode_rows
+    from components.common.models.chat_templates import encode_rows
 
     disable_progress_bars()  # of what TRL maps over the rows; training has its own
     encoded, dropped = encode_rows(tokenizer, rows, min(stage.max_prompt_length, args.max_length), args.max_length)
@@ -108,9 +109,9 @@ def _steps(rows: int, args: Any) -> int:
 def _trainer(stage: Any, args: Any, tokenizer: Any, train: Any, evaluation: Any) -> Any:
     from trl import SFTTrainer
 
-    from components.common.models import load_model
-    from components.common.processes import show_progress_once
-    from components.common.training import stage_arguments
+    from components.common.models.loading import load_model
+    from components.common.training.config import stage_arguments
+    from components.common.training.log import show_progress_once
 
     places = stage_arguments(stage.log_directory()) | {"output_dir": str(Path(stage.output) / "checkpoints")}
     args = dataclasses.replace(args, **places)
@@ -122,17 +123,18 @@ def _trainer(stage: Any, args: Any, tokenizer: Any, train: Any, evaluation: Any)
 
 
 def _train(trainer: Any, record: Any, checkpoint: Path | None) -> dict[str, float]:
-    from components.common.resume import train_to_end
-    from components.common.training import final_evaluation
+    from components.common.training.log import final_evaluation
+    from components.common.training.resume import train_to_end
 
     summary = train_to_end(trainer, record, checkpoint)
     return summary | (final_evaluation(trainer) if trainer.eval_dataset is not None else {})
 
 
 def _write(stage: Any, args: Any, trainer: Any, summary: dict[str, float]) -> None:
-    from components.common.processes import is_first, save_model_once
-    from components.common.resume import remove_checkpoints
-    from components.common.training import write_training_log
+    from components.common.training.distributed.processes import is_first
+    from components.common.training.log import write_training_log
+    from components.common.training.resume import remove_checkpoints
+    from components.common.training.saving import save_model_once
 
     save_model_once(trainer, Path(stage.output))
     if not is_first():

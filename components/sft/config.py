@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from trl import SFTConfig
 
-from components.common import training
-from components.common.cli import setting
+from components.common.stage.config import setting
+from components.common.training.config import settle_device
 
 
 @dataclass(kw_only=True)
@@ -37,6 +37,6 @@ class SFTSettings(SFTConfig):
             raise ValueError(f"max_length = {self.max_length}: must be 2 or more (a prompt and a response)")
         if self.packing and self.packing_strategy == "wrapped":
             raise ValueError("packing_strategy = wrapped: lets samples see and cut each other; use bfd")
-        training.settle_device(self)
+        settle_device(self)
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         super().__post_init__()

@@ -20,20 +20,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from components.common import launch
-from components.common.cli import ConfigParser, check_output, run_stage
-from components.common.conversations import read_rows
-from components.common.errors import TERMINATED, UserError
-from components.common.kfp_outputs import publish
-from components.common.storage.session import is_mirrored, when_complete
+from components.common.core.conversations import read_rows
+from components.common.core.errors import TERMINATED, UserError
+from components.common.stage.kfp import publish
+from components.common.stage.outputs import check_output
+from components.common.stage.parser import ConfigParser
+from components.common.stage.run import run_stage
+from components.common.stage.session import is_mirrored, when_complete
+from components.common.training.distributed import launch
 
 logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str]) -> None:
     started = time.perf_counter()
-    from components.common.chat_templates import encode_rows
-    from components.common.models import load_config, load_tokenizer
+    from components.common.models.chat_templates import encode_rows
+    from components.common.models.loading import load_config, load_tokenizer
     from components.spin.config import SPINSettings, SPINStageConfig
 
     parser = ConfigParser("spin", [SPINStageConfig, SPINSettings])
@@ -70,8 +72,8 @@ def _check_settings(settings: Any) -> None:
 
 def _files(stage: Any, settings: Any, train: Any, held_out: Any) -> Any:
     """The places of the run, after a check that they are free or of this very run; writes unless it is a dry run."""
-    from components.common.processes import in_first, prepare_output_once
-    from components.common.training import library_versions
+    from components.common.training.distributed.processes import in_first, prepare_output_once
+    from components.common.training.log import library_versions
     from components.spin import snapshots
     from components.spin.files import RunFiles, check_identity, identity
 
@@ -103,7 +105,7 @@ def _begin(files: Any, record: dict[str, Any]) -> None:
 
 
 def _show_plan(stage: Any, settings: Any, rows: int, dropped: int, files: Any) -> None:
-    from components.common.processes import is_first
+    from components.common.training.distributed.processes import is_first
     from components.spin.schedule import describe
 
     plan = describe(rows, dropped, stage.model, settings, launch.process_count(stage.num_processes))
@@ -116,8 +118,8 @@ def _show_plan(stage: Any, settings: Any, rows: int, dropped: int, files: Any) -
 
 
 def _run(stage: Any, settings: Any, tokenizer: Any, train: Any, held_out: Any, files: Any, started: float) -> None:
-    from components.common.processes import in_first, leave
-    from components.common.training import stage_arguments
+    from components.common.training.config import stage_arguments
+    from components.common.training.distributed.processes import in_first, leave
     from components.spin import snapshots
     from components.spin.clock import Clock
     from components.spin.iterations import SPINRun, StoppedError

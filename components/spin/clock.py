@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from components.common.processes import is_first
+from components.common.training.distributed.processes import is_first
 from components.spin.files import write_json
 
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from components.common.cli import setting
-from components.common.training import TrainingStageConfig, has_fast_bfloat16
+from components.common.stage.config import setting
+from components.common.training.config import TrainingStageConfig, has_fast_bfloat16
 
 
 @dataclass(kw_only=True)

@@ -21,9 +21,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from components.common.chat_templates import EncodedRow
-from components.common.errors import UserError
-from components.common.models import model_digest
+from components.common.core.errors import UserError
+from components.common.models.chat_templates import EncodedRow
+from components.common.models.loading import model_digest
 
 CHECKPOINT_MARKER = "complete.json"
 SAVED = "saved.json"

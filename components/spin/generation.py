@@ -12,12 +12,12 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from components.common.chat_templates import EncodedRow
-from components.common.errors import UserError
-from components.common.preference import EncodedPair
-from components.common.processes import in_first, of_all, process_count, process_index
-from components.common.progress import progress
-from components.common.samplers import Sampler, request_seed
+from components.common.core.errors import UserError
+from components.common.core.progress import progress
+from components.common.generation.protocol import Sampler, request_seed
+from components.common.models.chat_templates import EncodedRow
+from components.common.training.distributed.processes import in_first, of_all, process_count, process_index
+from components.common.training.preference import EncodedPair
 from components.spin.config import SPINSettings
 
 

@@ -21,18 +21,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from components.common.chat_templates import EncodedRow
-from components.common.models import load_model, stop_ids
-from components.common.preference import EncodedPair, preference_trainer
-from components.common.processes import (
-    in_first,
-    is_first,
-    of_all,
-    process_count,
-    save_model_once,
-    show_progress_once,
-)
-from components.common.training import final_evaluation
+from components.common.models.chat_templates import EncodedRow
+from components.common.models.loading import load_model, stop_ids
+from components.common.training.distributed.processes import in_first, is_first, of_all, process_count
+from components.common.training.log import final_evaluation, show_progress_once
+from components.common.training.preference import EncodedPair, preference_trainer
+from components.common.training.saving import save_model_once
 from components.spin import generation, results
 from components.spin.clock import Clock
 from components.spin.config import SPINSettings

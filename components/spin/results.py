@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import TrainerState
 
-from components.common.training import write_training_log
+from components.common.training.log import write_training_log
 
 if TYPE_CHECKING:
     from components.spin.iterations import SPINRun

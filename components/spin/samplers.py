@@ -4,9 +4,9 @@ from contextlib import AbstractContextManager
 
 from transformers import PreTrainedTokenizerBase
 
-from components.common.engines import Engine, open_engine
-from components.common.models import stop_ids
-from components.common.samplers import Sampler, SamplingSettings
+from components.common.generation.engines import Engine, open_engine
+from components.common.generation.protocol import Sampler, SamplingSettings
+from components.common.models.loading import stop_ids
 from components.spin.config import SPINSettings
 
 

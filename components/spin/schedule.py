@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from components.common.preference import DPOSettings, ORPOSettings
+from components.common.training.preference import DPOSettings, ORPOSettings
 from components.spin.config import SPINSettings
 
 

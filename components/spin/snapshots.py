@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from components.common import mirror
+from components.common.storage import mirror
 from components.spin.files import SAVED, RunFiles, newest_checkpoint, write_json
 
 KEPT = 2  # the mirror may be about to hold the newest but one

@@ -12,7 +12,7 @@ import pytest
 from celpy import celtypes
 from rendered_chart import CHART, NAMESPACE, find, objects, rendered
 
-from components.common import before_stop
+from components.common.stage import before_stop
 from pipelines.cluster import GRACE_SECONDS, NEEDS
 from pipelines.package import COMPILED, read_package
 

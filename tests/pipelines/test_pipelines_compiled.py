@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from components.common.cli import ConfigParser, find_recipe, read_yaml_mapping
+from components.common.stage.parser import ConfigParser
+from components.common.stage.recipes import find_recipe, read_yaml_mapping
 from components.report.collected import collected_paths
 from pipelines import cluster
 from pipelines.cluster import VERSION
@@ -231,9 +232,9 @@ _SAMPLER = {"spin": {"sampler": "hf"}}
 
 
 def _parser_of(stage: str) -> ConfigParser:
-    from components.common.preference import DPOSettings, ORPOSettings
-    from components.common.resume import ResumableStageConfig
-    from components.common.training import HIDDEN, TrainingStageConfig
+    from components.common.training.config import HIDDEN, TrainingStageConfig
+    from components.common.training.preference import DPOSettings, ORPOSettings
+    from components.common.training.resume import ResumableStageConfig
     from components.sapo.config import SAPOConfig
     from components.sft.config import SFTSettings
     from components.spin.config import SPINSettings, SPINStageConfig

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from components.common.errors import UserError
+from components.common.core.errors import UserError
 from pipelines.methods import check_methods, methods_of_run, select
 
 GOOD: dict[str, Any] = {"name": "a.b-1", "stage": "spin", "start": "base", "recipe": "tiny-dpo", "settings": {"x": 1}}

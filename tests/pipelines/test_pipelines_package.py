@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from components.common.errors import UserError
+from components.common.core.errors import UserError
 from pipelines.package import COMPILED, Package, check_keys, check_recipes, own_data, read_package, run_arguments
 
 Cli = Callable[..., tuple[int, str, str]]

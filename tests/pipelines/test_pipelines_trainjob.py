@@ -47,9 +47,9 @@ def test_every_field_is_one_of_the_api(run_cli: Cli) -> None:
 
 
 def test_its_arguments_are_ones_that_the_stage_takes(run_cli: Cli) -> None:
-    from components.common.cli import ConfigParser
-    from components.common.resume import ResumableStageConfig
-    from components.common.training import HIDDEN
+    from components.common.stage.parser import ConfigParser
+    from components.common.training.config import HIDDEN
+    from components.common.training.resume import ResumableStageConfig
     from components.sapo.config import SAPOConfig
 
     setting = ["--set", "methods=[{name: a, stage: sapo, start: sft, recipe: tiny-dpo, settings: {beta: 0.5}}]"]

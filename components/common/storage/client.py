@@ -13,7 +13,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from components.common.errors import UserError
+from components.common.core.errors import UserError
 
 SCHEME = "s3://"
 ATTEMPTS = 8  # with standard back-off and jitter about a minute; AWS_MAX_ATTEMPTS overrides it

@@ -15,7 +15,7 @@ import time
 import uuid
 from typing import Any
 
-from components.common.errors import UserError
+from components.common.core.errors import UserError
 from components.common.storage.client import Location, code_of, connect, explained
 from components.common.storage.transfer import RUN, objects, read_object
 

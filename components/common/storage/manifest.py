@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from components.common.errors import UserError
+from components.common.core.errors import UserError
 
 NAME = ".manifest.json"  # hidden, so that it is not taken for data or a model's file
 KIND = "sapo-pipelines"

@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
-from components.common.errors import UserError
-from components.common.progress import progress
+from components.common.core.errors import UserError
+from components.common.core.progress import progress
 from components.common.storage import manifest
 from components.common.storage.client import CONNECTIONS, Location, check_read, code_of, connect, explained, split
 from components.common.storage.manifest import Files

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from components.common.storage import client
-from tests.faults.store import Store
+from faults.store import Store
 
 
 @pytest.fixture(scope="session")

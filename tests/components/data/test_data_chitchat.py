@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from components.common.errors import UserError
+from components.common.core.errors import UserError
 
 
 def chat(*turns):

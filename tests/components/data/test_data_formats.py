@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from components.common.conversations import check_row
+from components.common.core.conversations import check_row
 from components.data.config import DataConfig
 from components.data.formats import CONVERTERS, detect_format
 from components.data.rows import Collection

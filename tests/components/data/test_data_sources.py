@@ -6,7 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from components.common.errors import UserError
+from components.common.core.errors import UserError
 
 ROWS = [
     {"instruction": "Say one", "input": "", "output": "one"},

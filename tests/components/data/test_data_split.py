@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from components.common.errors import UserError
+from components.common.core.errors import UserError
 
 ROWS = [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(40)]
 

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from components.common.conversations import read_rows
-from components.common.errors import UserError
+from components.common.core.conversations import read_rows
+from components.common.core.errors import UserError
 from components.data.__main__ import main
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from components.common.conversations import write_rows
-from components.common.errors import TERMINATED, UserError
-from components.common.models import load_model, load_tokenizer
-from components.common.resume import complete_checkpoints
+from components.common.core.conversations import write_rows
+from components.common.core.errors import TERMINATED, UserError
+from components.common.models.loading import load_model, load_tokenizer
+from components.common.training.resume import complete_checkpoints
 from tests.conftest import chat_rows
 
 COMMON = {

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from judge_server import KEY, JudgeServer, serving
 
-from components.common.errors import UserError
+from components.common.core.errors import UserError
 from components.evaluation import alpaca_eval
 from components.evaluation.alpaca_eval import OPTIONS
 from components.evaluation.benchmarks import Context

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from components.common.chat_templates import encode_prompt
-from components.common.errors import UserError
-from components.common.models import load_model, load_tokenizer
+from components.common.core.errors import UserError
+from components.common.models.chat_templates import encode_prompt
+from components.common.models.loading import load_model, load_tokenizer
 from components.evaluation import generation
 from components.evaluation.generation import GenerationSettings, Generator, Request, read_answers
 from components.model.__main__ import main as make_model

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from components.common.conversations import Row
-from components.common.errors import UserError
+from components.common.core.conversations import Row
+from components.common.core.errors import UserError
 from components.evaluation.baselines import baselines, unigram_log_likelihood
 from components.evaluation.held_out import choose_replies, perplexity_stderr, picked, score
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from judge_server import KEY, JudgeServer, Verdict, serving
 
-from components.common.errors import UserError
+from components.common.core.errors import UserError
 from components.evaluation.journal import read_entries
 from components.evaluation.judge import Grading, Judge, Judgement
 from components.evaluation.judged_config import JudgedConfig

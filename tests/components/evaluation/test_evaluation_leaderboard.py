@@ -13,9 +13,9 @@ from leaderboard_data import folder_of, gsm8k, write, write_all
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
-from components.common.errors import UserError
-from components.common.locations import package_directory
-from components.common.models import load_tokenizer
+from components.common.core.errors import UserError
+from components.common.models.loading import load_tokenizer
+from components.common.storage.locations import package_directory
 from components.evaluation import ifeval_data, leaderboard
 from components.evaluation.__main__ import main
 from components.evaluation.benchmarks import HEADLINES, LEADERBOARD
@@ -279,7 +279,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("components.common.models.load_model", refuse)
+    monkeypatch.setattr("components.common.models.loading.load_model", refuse)
 
 
 @pytest.mark.usefixtures("no_model")

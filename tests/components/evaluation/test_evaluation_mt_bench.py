@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from judge_server import KEY, JudgeServer, serving
 
-from components.common.errors import UserError
+from components.common.core.errors import UserError
 from components.evaluation import mt_bench
 from components.evaluation.benchmarks import Context
 from components.evaluation.config import EvaluationConfig
 from components.evaluation.judge import Grading
 from components.evaluation.mt_bench import Question
-from tests.faults import runner
-from tests.faults.store import BUCKET, Store
+from faults import runner
+from faults.store import BUCKET, Store
 
 CATEGORIES = ["writing", "writing", "math", "reasoning", "coding", "extraction", "stem", "humanities"]
 SINGLE, MATH = "Grade. {question} <a>{answer}</a>", "Grade. {question} <ref>{ref_answer_1}</ref> <a>{answer}</a>"

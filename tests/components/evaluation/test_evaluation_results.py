@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from components.common.errors import UserError
+from components.common.core.errors import UserError
 from components.evaluation.benchmarks import HEADLINES, Context, Metric, Outcome
 from components.evaluation.config import EvaluationConfig
 from components.evaluation.provenance import END, digests

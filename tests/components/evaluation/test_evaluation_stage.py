@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from components.common.chat_templates import encode_prompt, encode_response
-from components.common.conversations import read_rows, write_rows
-from components.common.errors import UserError
-from components.common.models import load_model, load_tokenizer
+from components.common.core.conversations import read_rows, write_rows
+from components.common.core.errors import UserError
+from components.common.models.chat_templates import encode_prompt, encode_response
+from components.common.models.loading import load_model, load_tokenizer
 from components.evaluation.__main__ import main
 
 

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from components.common.errors import UserError
+from components.common.core.errors import UserError
 from components.model import sources
 from components.model.__main__ import main
 from components.model.sources import train_tokenizer

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from components.common.models import load_model, load_tokenizer
-from components.common.preference import ORPOSettings, preference_trainer
+from components.common.models.loading import load_model, load_tokenizer
+from components.common.training.preference import ORPOSettings, preference_trainer
 from components.sapo.losses import orpo_loss
 
 PAIRS = [

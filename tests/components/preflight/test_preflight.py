@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from components.common.errors import UserError
+from components.common.core.errors import UserError
 from components.preflight.__main__ import main
 from components.preflight.namespace import Namespace, of_pod
 

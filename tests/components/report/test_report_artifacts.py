@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from report_samples import WriteEvaluation, WriteTraining, measurement, pair
 
-from components.common.errors import UserError
+from components.common.core.errors import UserError
 from components.report.artifacts import (
     early_and_late_pairs,
     read_evaluation,

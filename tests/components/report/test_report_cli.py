@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from report_samples import WriteEvaluation, WriteTraining, measurement, pair
 
-from components.common.errors import UserError
+from components.common.core.errors import UserError
 from components.report.__main__ import main
 from components.report.content import chat_turns, duration, shares
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from report_samples import WriteEvaluation, WriteTraining, measurement
 
-from components.common.errors import UserError
+from components.common.core.errors import UserError
 from components.report.__main__ import main
 from components.report.collected import collected_paths, local_path
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from components.common import launch
-from components.common.conversations import read_rows
-from components.common.models import load_model, load_tokenizer
-from components.common.processes import is_first, leave, of_all
+from components.common.core.conversations import read_rows
+from components.common.models.loading import load_model, load_tokenizer
+from components.common.training.distributed import launch
+from components.common.training.distributed.processes import is_first, leave, of_all
 from components.sapo.config import SAPOConfig
 from components.sapo.trainer import SAPOTrainer
 

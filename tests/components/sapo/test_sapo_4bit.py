@@ -4,12 +4,13 @@ import pytest
 import torch
 from small_run import SMALL
 
-from components.common.conversations import read_rows
-from components.common.models import load_model
+from components.common.core.conversations import read_rows
+from components.common.kernels.pair_logps import response_logps
+from components.common.kernels.pair_packing import PairIds, collate
+from components.common.models.loading import load_model
 from components.sapo import memory
 from components.sapo.config import SAPOConfig
 from components.sapo.lora import load_policy
-from components.sapo.pair_forward import PairIds, collate, response_logps
 from components.sapo.trainer import SAPOTrainer
 
 functional = pytest.importorskip("bitsandbytes.functional")

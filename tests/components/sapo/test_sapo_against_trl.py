@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from components.common.models import load_model, load_tokenizer
+from components.common.models.loading import load_model, load_tokenizer
 from components.sapo.config import SAPOConfig
 from components.sapo.replay_buffer import Entry
 from components.sapo.segments import Rejected, Segment

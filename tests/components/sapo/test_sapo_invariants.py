@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from small_run import SMALL
 
-from components.common.conversations import read_rows
+from components.common.core.conversations import read_rows
+from components.common.kernels.pair_packing import PairIds
 from components.sapo import self_play
 from components.sapo.config import SAPOConfig
-from components.sapo.pair_forward import PairIds
 from components.sapo.trainer import SAPOTrainer
 
 SETTINGS = SMALL | {"max_length": 64, "segment_length": 5, "max_new_tokens": 5}

@@ -5,13 +5,14 @@ import torch
 from small_run import SMALL
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from components.common.conversations import read_rows
-from components.common.errors import UserError
-from components.common.models import load_model
-from components.common.samplers.hf import HFSampler
+from components.common.core.conversations import read_rows
+from components.common.core.errors import UserError
+from components.common.generation.hf import HFSampler
+from components.common.kernels.pair_logps import response_logps
+from components.common.kernels.pair_packing import PairIds, collate
+from components.common.models.loading import load_model
 from components.sapo.config import SAPOConfig
 from components.sapo.lora import merged_weights
-from components.sapo.pair_forward import PairIds, collate, response_logps
 from components.sapo.trainer import SAPOTrainer
 
 SETTINGS = SMALL | {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-2, "reference_interval": 3}

@@ -10,12 +10,13 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from benchmarks.shapes import Shape, make_pairs, save, smollm2_shape
+from components.common.kernels.pair_logps import response_logps, shared_prefix_attention
+from components.common.kernels.pair_packing import collate
 from components.sapo import memory
 from components.sapo.config import SAPOConfig
 from components.sapo.lora import add_adapter, load_policy
 from components.sapo.memory import GIB, Adapter, MicroBatch, Setup
-from components.sapo.pair_forward import collate, response_logps, shared_prefix_attention
-from tests.benchmarks.shapes import Shape, make_pairs, save, smollm2_shape
 
 LLAMA = LlamaConfig(
     vocab_size=128256,

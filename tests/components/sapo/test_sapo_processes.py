@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from components.common.errors import UserError
-from components.common.models import load_model, load_tokenizer
-from components.common.samplers.vllm import import_vllm
+from components.common.core.errors import UserError
+from components.common.generation.vllm import import_vllm
+from components.common.models.loading import load_model, load_tokenizer
 
 pytestmark = pytest.mark.slow
 

@@ -5,10 +5,11 @@ import re
 import pytest
 from transformers import LlamaConfig, MistralConfig
 
-from components.common.chat_templates import EncodedRow
-from components.common.cli import ConfigParser, find_recipe, recipe_names
-from components.common.resume import ResumableStageConfig
-from components.common.training import HIDDEN
+from components.common.models.chat_templates import EncodedRow
+from components.common.stage.parser import ConfigParser
+from components.common.stage.recipes import find_recipe, recipe_names
+from components.common.training.config import HIDDEN
+from components.common.training.resume import ResumableStageConfig
 from components.sapo.config import SAPOConfig
 from components.sapo.plan import Node, memory_lines
 

@@ -6,8 +6,8 @@ import random
 import pytest
 import torch
 
-from components.common.conversations import read_rows
-from components.common.errors import UserError
+from components.common.core.conversations import read_rows
+from components.common.core.errors import UserError
 from components.sapo.checkpoint import complete_checkpoints
 from components.sapo.config import SAPOConfig
 from components.sapo.trainer import SAPOTrainer

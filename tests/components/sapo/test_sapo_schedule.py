@@ -8,8 +8,8 @@ import pytest
 import torch
 from small_run import SMALL
 
-from components.common.conversations import read_rows
-from components.common.samplers.worker import SamplerTimeout
+from components.common.core.conversations import read_rows
+from components.common.generation.worker import SamplerTimeout
 from components.sapo.config import SAPOConfig
 from components.sapo.schedule import Overlap, Sync
 from components.sapo.state import identity

@@ -11,8 +11,8 @@ import time
 import pytest
 import torch
 
-from components.common.errors import UserError
-from components.common.models import load_model, load_tokenizer
+from components.common.core.errors import UserError
+from components.common.models.loading import load_model, load_tokenizer
 from components.sapo.__main__ import main
 
 SETTINGS = ["--max_steps", "4", "--max_length", "96", "--segment_length", "6", "--max_new_tokens", "6"]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from small_run import SMALL
 
-from components.common.conversations import read_rows
-from components.common.models import load_model, load_tokenizer
+from components.common.core.conversations import read_rows
+from components.common.models.loading import load_model, load_tokenizer
 from components.sapo.config import SAPOConfig
 from components.sapo.reference_cache import ReferenceCache
 from components.sapo.self_play import RowOrder

@@ -8,11 +8,11 @@ import torch
 from small_run import SMALL
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from components.common.conversations import read_rows
-from components.common.models import load_tokenizer
-from components.common.samplers import SamplingSettings
-from components.common.samplers.hf import HFSampler
-from components.common.samplers.vllm import WrongWeights
+from components.common.core.conversations import read_rows
+from components.common.generation.hf import HFSampler
+from components.common.generation.protocol import SamplingSettings
+from components.common.generation.vllm import WrongWeights
+from components.common.models.loading import load_tokenizer
 from components.sapo.config import SAPOConfig
 from components.sapo.schedule import Sync
 from components.sapo.trainer import SAPOTrainer

@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 from trl import SFTTrainer
 
-from components.common.models import load_model, load_tokenizer
+from components.common.models.loading import load_model, load_tokenizer
 from components.sft.__main__ import _sequences, _steps
 from components.sft.config import SFTSettings
 

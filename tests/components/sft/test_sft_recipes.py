@@ -2,10 +2,11 @@
 
 import pytest
 
-from components.common.cli import ConfigParser, find_recipe, recipe_names
-from components.common.preference import DPOSettings, ORPOSettings
-from components.common.resume import ResumableStageConfig
-from components.common.training import HIDDEN, TrainingStageConfig
+from components.common.stage.parser import ConfigParser
+from components.common.stage.recipes import find_recipe, recipe_names
+from components.common.training.config import HIDDEN, TrainingStageConfig
+from components.common.training.preference import DPOSettings, ORPOSettings
+from components.common.training.resume import ResumableStageConfig
 from components.sft.config import SFTSettings
 
 STAGES = {

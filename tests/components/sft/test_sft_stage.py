@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from components.common.conversations import read_rows
-from components.common.errors import UserError
-from components.common.models import load_model, load_tokenizer
+from components.common.core.conversations import read_rows
+from components.common.core.errors import UserError
+from components.common.models.loading import load_model, load_tokenizer
 from components.sft.__main__ import main
 
 SETTINGS = [
@@ -78,7 +78,7 @@ def test_resumed_equals_uninterrupted(tmp_path, chat_data, micro_model):
 
 
 def test_prompt_tokens_carry_no_loss(chat_data, micro_model):
-    from components.common.training import TrainingStageConfig
+    from components.common.training.config import TrainingStageConfig
     from components.sft.__main__ import _dataset
     from components.sft.config import SFTSettings
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from components.common.chat_templates import encode_rows
-from components.common.conversations import read_rows
-from components.common.models import load_tokenizer
+from components.common.core.conversations import read_rows
+from components.common.models.chat_templates import encode_rows
+from components.common.models.loading import load_tokenizer
 from components.spin.clock import Clock
 from components.spin.config import SPINSettings
 from components.spin.files import RunFiles

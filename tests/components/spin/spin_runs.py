@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from components.common.models import load_model
+from components.common.models.loading import load_model
 
 
 def weights(directory: Path | str) -> dict[str, torch.Tensor]:

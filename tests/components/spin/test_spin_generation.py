@@ -2,9 +2,9 @@
 
 import pytest
 
-from components.common.errors import UserError
-from components.common.models import stop_ids
-from components.common.samplers import request_seed
+from components.common.core.errors import UserError
+from components.common.generation.protocol import request_seed
+from components.common.models.loading import stop_ids
 from components.spin.generation import generate, generation_order, is_complete, read_pairs, statistics
 from components.spin.samplers import open_sampler
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from components.common.cli import ConfigParser, find_recipe, recipe_names
+from components.common.stage.parser import ConfigParser
+from components.common.stage.recipes import find_recipe, recipe_names
 from components.spin.config import SPINSettings, SPINStageConfig
 from components.spin.schedule import schedule, trainer_settings
 

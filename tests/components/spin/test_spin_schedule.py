@@ -2,7 +2,7 @@
 
 import pytest
 
-from components.common.preference import DPOSettings, ORPOSettings
+from components.common.training.preference import DPOSettings, ORPOSettings
 from components.spin.config import SPINSettings
 from components.spin.schedule import describe, first_steps, schedule, steps_of, trainer_settings
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from components.common import mirror
+from components.common.storage import mirror
 from components.spin import snapshots
 from components.spin.files import SAVED, RunFiles, mark_checkpoint, write_json
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from spin_runs import equal_weights, weights
 
-from components.common.errors import UserError
-from components.common.models import load_tokenizer
+from components.common.core.errors import UserError
+from components.common.models.loading import load_tokenizer
 from components.report.artifacts import early_and_late_pairs, read_training
 from components.spin import iterations
 from components.spin.__main__ import main

@@ -1,1 +1,0 @@
-"""Speed against a peer in the same run: `python -m tests.benchmarks [--quick]`."""
