@@ -65,7 +65,7 @@ class Machine(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Needs:
+class StageResources:
     """What a stage needs besides a `Machine`; `size` is (CPU, memory) of one that needs no more, request then limit.
 
     A cached stage gives the same for the same inputs. An attempt that takes longer than `hours` is a failed one.
@@ -81,19 +81,21 @@ class _Needs:
 
 
 _LIGHT = (("250m", "512Mi"), ("2", "4Gi"))
-_TRAINING = _Needs(hours=96, trains=True)
+_TRAINING = StageResources(hours=96, trains=True)
 NEEDS = {
     # Without the volume: a pod that waits for a missing one says nothing, and this stage is there to tell.
-    "preflight": _Needs(
+    "preflight": StageResources(
         1, ("hub", "store", "judge"), (("100m", "128Mi"), ("1", "512Mi")), retries=0, cache_volume=False
     ),
-    "data": _Needs(4, size=(("500m", "1Gi"), ("2", "8Gi")), cached=True),
-    "model": _Needs(4, size=(("500m", "2Gi"), ("4", "48Gi")), cached=True),  # 8B parameters are loaded once, on the CPU
+    "data": StageResources(4, size=(("500m", "1Gi"), ("2", "8Gi")), cached=True),
+    "model": StageResources(
+        4, size=(("500m", "2Gi"), ("4", "48Gi")), cached=True
+    ),  # 8B parameters are loaded once, on the CPU
     "sft": _TRAINING,
     "sapo": _TRAINING,
     "train": _TRAINING,
-    "evaluation": _Needs(24, ("hub", "store", "judge")),
-    "report": _Needs(1, ("store",), _LIGHT, cache_volume=False),
+    "evaluation": StageResources(24, ("hub", "store", "judge")),
+    "report": StageResources(1, ("store",), _LIGHT, cache_volume=False),
 }
 
 
@@ -166,7 +168,7 @@ def _use_workspace(task: PipelineTask) -> None:
         task.set_env_variable(variable, f"{WORKSPACE_MOUNT_PATH}/{directory}")
 
 
-def _set_size(task: PipelineTask, needs: _Needs) -> None:
+def _set_size(task: PipelineTask, needs: StageResources) -> None:
     assert needs.size is not None, "a stage without a fixed size takes a machine"
     (cpu_request, memory_request), (cpu, memory) = needs.size
     task.set_cpu_request(cpu_request).set_cpu_limit(cpu)

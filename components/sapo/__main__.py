@@ -32,7 +32,11 @@ def main(argv: Sequence[str]) -> None:
     from components.common.models.chat_templates import encode_rows
     from components.common.models.loading import load_config, load_tokenizer
     from components.common.training.config import HIDDEN
-    from components.common.training.distributed.processes import is_first, leave, prepare_output_once
+    from components.common.training.distributed.processes import (
+        destroy_process_group,
+        is_main_process,
+        prepare_output_on_main_process,
+    )
     from components.common.training.resume import ResumableStageConfig, checkpoint_to_resume
     from components.sapo.checkpoint import complete_checkpoints, require_complete
     from components.sapo.config import SAPOConfig
@@ -57,24 +61,24 @@ def main(argv: Sequence[str]) -> None:
     plan = describe(train, dropped, load_config(stage.model), args, node)
     if checkpoint:
         plan.append(f"resumes from {checkpoint}")
-    for line in plan if stage.dry_run or is_first() else []:
+    for line in plan if stage.dry_run or is_main_process() else []:
         print(line) if stage.dry_run else logger.info(line)
     if stage.dry_run:
         return
 
-    output = Path(stage.output) if checkpoint else prepare_output_once(stage.output, overwrite=True)
+    output = Path(stage.output) if checkpoint else prepare_output_on_main_process(stage.output, overwrite=True)
     trainer, summary = _train(
         load_policy(stage.model, args), tokenizer, train, evaluation, stage, args, checkpoint, started
     )
     if trainer.stop_requested:
-        if is_first():
+        if is_main_process():
             logger.info(
                 "stopped after step %d and saved; the same command goes on from there", trainer.state.global_step
             )
-        leave()
+        destroy_process_group()
         sys.exit(TERMINATED)
     _write(stage, args, trainer, summary, output)
-    leave()
+    destroy_process_group()
 
 
 def _train(
@@ -88,18 +92,18 @@ def _train(
     started: float,
 ) -> tuple[Any, dict[str, float]]:
     from components.common.training.config import stage_arguments
-    from components.common.training.distributed.processes import is_first
-    from components.common.training.log import final_evaluation, show_progress_once
+    from components.common.training.distributed.processes import is_main_process
+    from components.common.training.log import final_evaluation, show_progress_on_main_process
     from components.sapo.trainer import SAPOTrainer
 
     places = stage_arguments(stage.log_directory())
     places |= {"output_dir": str(Path(stage.output) / "checkpoints"), "log_dir": str(stage.log_directory())}
     trainer = SAPOTrainer(model, dataclasses.replace(args, **places), train, evaluation, processing_class=tokenizer)
     trainer.started = started
-    show_progress_once(trainer, f"sapo-{args.loss_type}")
+    show_progress_on_main_process(trainer, f"sapo-{args.loss_type}")
 
     def stop(*_: object) -> None:
-        if is_first():
+        if is_main_process():
             logger.info("SIGTERM: finishing the step, then saving")
         trainer.stop_requested = True
 
@@ -117,12 +121,12 @@ def _train(
 
 
 def _write(stage: Any, args: Any, trainer: Any, summary: dict[str, float], output: Path) -> None:
-    from components.common.training.distributed.processes import is_first
+    from components.common.training.distributed.processes import is_main_process
     from components.common.training.log import write_training_log
     from components.common.training.resume import remove_checkpoints
 
     trainer.save_trained(output)
-    if not is_first():
+    if not is_main_process():
         return
     name = stage.name or f"sapo-{args.loss_type}"
     settings = dataclasses.asdict(stage) | args.to_dict()

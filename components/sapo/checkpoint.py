@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from components.common.core.errors import UserError
-from components.common.training.distributed.processes import is_first, of_all, wait_for_all
+from components.common.training.distributed.processes import barrier, gather, is_main_process
 
 MANIFEST = "manifest.json"
 KIND = "sapo-checkpoint"
@@ -54,15 +54,15 @@ class CheckpointWriter:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._mine: list[Path] = []
-        if is_first():
+        if is_main_process():
             if directory.exists():
                 shutil.rmtree(directory)
             directory.mkdir(parents=True)
-        wait_for_all()
+        barrier()
 
     def tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Writes `<name>.safetensors`, in the first process only."""
-        if is_first():
+        if is_main_process():
             self._save(name, tensors)
 
     def parts(self, name: str, parts: dict[str, Tensor], starts: dict[str, int] | None) -> None:
@@ -84,7 +84,7 @@ class CheckpointWriter:
 
     def json(self, name: str, content: Any) -> None:
         """Writes `<name>.json`, in the first process only."""
-        if is_first():
+        if is_main_process():
             self._write(name, content)
 
     def add(self, name: str) -> Path:
@@ -110,15 +110,15 @@ class CheckpointWriter:
         for path in self._mine:
             _sync(path)
             mine.append((path.name, {"size": path.stat().st_size, "sha256": _sha256(path)}))
-        files = dict(sorted(of_all(mine)))
-        if is_first():
+        files = dict(sorted(gather(mine)))
+        if is_main_process():
             manifest = {"kind": KIND, "schema": SCHEMA, "step": step, "files": files}
             unfinished = self.directory / f"{MANIFEST}.tmp"
             unfinished.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             _sync(unfinished)
             unfinished.rename(self.directory / MANIFEST)
             _sync(self.directory)
-        wait_for_all()
+        barrier()
 
 
 class CheckpointReader:

@@ -22,7 +22,7 @@ def generator(seed: int, stream: int, step: int) -> np.random.Generator:
 
 
 @dataclass(frozen=True)
-class Share:
+class RankSlice:
     """One of `count` processes, the `index`-th, and what it does of a list that they do together."""
 
     index: int
@@ -67,7 +67,7 @@ def sample_entries(
     random: np.random.Generator,
     step: int,
     epoch: int,
-    share: Share = Share(0, 1),
+    rank_slice: RankSlice = RankSlice(0, 1),
 ) -> list[Entry]:
     """Cuts the chosen rows, regenerates B from (x, A), and returns one entry for each row and response.
 
@@ -80,7 +80,7 @@ def sample_entries(
         random: where B starts.
         step: optimizer steps done so far, recorded in the entries.
         epoch: passes over the rows done so far; with the run's seed and the row it seeds what is sampled.
-        share: this process's.
+        rank_slice: this process's.
     """
     indices = [row for row in chosen for _ in range(config.responses_per_prompt)]
     segment_length = None if config.no_segment else config.segment_length
@@ -88,7 +88,7 @@ def sample_entries(
         choose_segment(len(rows[row]["chosen_ids"]), segment_length, random, config.segment_start) for row in indices
     ]
     prompts, limits, seeds = [], [], []
-    mine = share.of(len(indices))
+    mine = rank_slice.of(len(indices))
     for i, row, segment in zip(mine, indices[mine.start : mine.stop], segments[mine.start : mine.stop], strict=True):
         prompts.append(rows[row]["prompt_ids"] + rows[row]["chosen_ids"][: segment.start])
         limits.append(min(config.max_new_tokens, config.max_length - len(prompts[-1])))

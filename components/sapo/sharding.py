@@ -4,10 +4,10 @@ What self-play adds to training (the EMA, the reference, their checkpoints) work
 trained parameter, as one flat float32 tensor. An update of the EMA or a refresh of the reference touches parts only, with no
 collective. A whole parameter exists for as long as it is pushed to the sampler, one at a time.
 
-    Whole     the parameter itself
-    Zero2     fragments of the float32 masters that DeepSpeed's optimizer holds; the parameters themselves are whole
-    Zero3     DeepSpeed's partition: float32 masters in the optimizer, and what forward reads (bfloat16 in bf16 runs) beside
-    FSDP2     the local tensor of a DTensor, in float32; forward reads a cast of it
+    Replicated  the parameter itself
+    Zero2       fragments of the float32 masters that DeepSpeed's optimizer holds; the parameters themselves are whole
+    Zero3       DeepSpeed's partition: float32 masters in the optimizer, and what forward reads (bfloat16 in bf16 runs) beside
+    FSDP2       the local tensor of a DTensor, in float32; forward reads a cast of it
 
 Only parameters that are trained count: with LoRA these are the adapter's.
 """
@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from components.common.core.errors import UserError
 
 
-def layout_of(policy: nn.Module, optimizer: Any) -> Whole:
+def layout_of(policy: nn.Module, optimizer: Any) -> Replicated:
     """The layout of a policy that accelerate has prepared.
 
     Args:
@@ -38,7 +38,7 @@ def layout_of(policy: nn.Module, optimizer: Any) -> Whole:
         UserError: the model is sharded in a way that is not known here.
     """
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    kind: type[Whole] = Whole
+    kind: type[Replicated] = Replicated
     if any(hasattr(p, "ds_id") for p in parameters):
         kind = Zero3
     elif any(hasattr(p, "_hp_mapping") for p in parameters):
@@ -59,7 +59,7 @@ def _innermost(optimizer: Any) -> Any:
     return optimizer
 
 
-class Whole:
+class Replicated:
     """Every process holds all of every parameter.
 
     Args:
@@ -104,15 +104,15 @@ class Whole:
             yield name, self.whole(index, part)
 
     @contextmanager
-    def seated(self, parts: Sequence[Tensor]) -> Iterator[None]:
+    def swapped_in(self, parts: Sequence[Tensor]) -> Iterator[None]:
         """Lets the policy's forward pass run with other parts; the policy's own come back bit for bit. Not for backward."""
-        mine = self._seats()
-        before = [seat.clone() for seat in mine]
+        mine = self._forward_tensors()
+        before = [tensor.clone() for tensor in mine]
         try:
-            self._seat(mine, parts)
+            self._write(mine, parts)
             yield
         finally:
-            self._seat(mine, before)
+            self._write(mine, before)
 
     def load(self, parts: Sequence[Tensor]) -> None:
         """Puts the policy at these parts: what the optimizer updates, and what forward reads."""
@@ -148,13 +148,13 @@ class Whole:
 
     # What differs between the layouts.
 
-    def _seats(self) -> list[Tensor]:
+    def _forward_tensors(self) -> list[Tensor]:
         """The tensors that forward reads."""
         return self.parts()
 
-    def _seat(self, seats: list[Tensor], values: Sequence[Tensor]) -> None:
+    def _write(self, targets: list[Tensor], values: Sequence[Tensor]) -> None:
         with torch.no_grad():
-            torch._foreach_copy_(seats, list(values))
+            torch._foreach_copy_(targets, list(values))
 
     def _publish(self) -> None:
         """Makes what forward reads follow what the optimizer updates."""
@@ -183,7 +183,7 @@ def _flat(value: Any) -> Any:
     return float(local) if local.dim() == 0 else local.detach().reshape(-1)
 
 
-class Zero(Whole):
+class Zero(Replicated):
     """DeepSpeed's: what the optimizer updates is one flat float32 tensor per group, which holds a stretch of each parameter."""
 
     sharded = True
@@ -239,17 +239,17 @@ class Zero3(Zero):
         dist.all_gather_into_tensor(joined, part.contiguous())
         return joined[: parameter.ds_numel].view(parameter.ds_shape)
 
-    def _seats(self) -> list[Tensor]:
+    def _forward_tensors(self) -> list[Tensor]:
         return [parameter.ds_tensor.data for parameter in self.parameters]
 
-    def _seat(self, seats: list[Tensor], values: Sequence[Tensor]) -> None:
-        super()._seat(seats, values)
+    def _write(self, targets: list[Tensor], values: Sequence[Tensor]) -> None:
+        super()._write(targets, values)
         for index, parameter in enumerate(self.parameters):
             if parameter.data.numel():  # DeepSpeed keeps small parameters whole beside their parts
-                parameter.data.copy_(self.whole(index, seats[index]))
+                parameter.data.copy_(self.whole(index, targets[index]))
 
     def _publish(self) -> None:
-        self._seat(self._seats(), self.parts())
+        self._write(self._forward_tensors(), self.parts())
 
 
 class Zero2(Zero):
@@ -276,25 +276,25 @@ class Zero2(Zero):
         dist.all_reduce(joined)
         return joined.view(parameter.shape)
 
-    def _seats(self) -> list[Tensor]:
+    def _forward_tensors(self) -> list[Tensor]:
         return [parameter.data for parameter in self.parameters]
 
     @contextmanager
-    def seated(self, parts: Sequence[Tensor]) -> Iterator[None]:
-        before = [seat.clone() for seat in self._seats()]
+    def swapped_in(self, parts: Sequence[Tensor]) -> Iterator[None]:
+        before = [tensor.clone() for tensor in self._forward_tensors()]
         try:
-            for index, seat in enumerate(self._seats()):
-                seat.copy_(self.whole(index, parts[index]))
+            for index, tensor in enumerate(self._forward_tensors()):
+                tensor.copy_(self.whole(index, parts[index]))
             yield
         finally:
-            self._seat(self._seats(), before)
+            self._write(self._forward_tensors(), before)
 
     def _publish(self) -> None:
         for index, part in enumerate(self.parts()):
             self.parameters[index].data.copy_(self.whole(index, part))
 
 
-class FSDP2(Whole):
+class FSDP2(Replicated):
     """torch's fully_shard: each process holds some of a parameter's rows."""
 
     sharded = True
@@ -313,8 +313,8 @@ class FSDP2(Whole):
     def whole(self, index: int, part: Tensor) -> Tensor:
         return self._placed(self.parameters[index], part).full_tensor()
 
-    def _seat(self, seats: list[Tensor], values: Sequence[Tensor]) -> None:
-        super()._seat(seats, values)
+    def _write(self, targets: list[Tensor], values: Sequence[Tensor]) -> None:
+        super()._write(targets, values)
         for module in self.policy.modules():
             if isinstance(module, FSDPModule):  # gathered weights that outlive a forward pass would be the old ones
                 module.reshard()
@@ -334,7 +334,7 @@ def _lies_within(part: Tensor, whole: Tensor) -> bool:
 
 
 @torch.no_grad()
-def relative_distance(layout: Whole, parts: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+def relative_distance(layout: Replicated, parts: Sequence[Tensor], others: Sequence[Tensor]) -> float:
     """|theta - theta_other| / |theta_other| over all trained parameters, in the Euclidean norm."""
     # One parameter at a time: a difference of all at once would be another copy of the model.
     difference = torch.stack([(mine - theirs).norm() for mine, theirs in zip(parts, others, strict=True)])

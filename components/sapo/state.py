@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from components.common.core.errors import UserError
-from components.common.training.distributed.processes import is_first, of_all
+from components.common.training.distributed.processes import gather, is_main_process
 from components.common.training.log import library_versions
 from components.common.training.resume import refuse_other_run
 from components.sapo import checkpoint
 from components.sapo.checkpoint import CheckpointReader, CheckpointWriter
 from components.sapo.ema import copy_weights
 from components.sapo.replay_buffer import pack, unpack
-from components.sapo.sharding import Whole
+from components.sapo.sharding import Replicated
 
 if TYPE_CHECKING:
     from components.sapo.trainer import SAPOTrainer
@@ -57,7 +57,7 @@ def save(trainer: "SAPOTrainer", writer: CheckpointWriter) -> None:
         writer.parts(name, *_named_parts(layout, parts))
     _save_optimizer(trainer, writer)
     writer.tensors("buffer", _to_tensors(trainer.buffer.state_dict()))
-    ahead = None if trainer.schedule.ahead is None else of_all(trainer.schedule.ahead)
+    ahead = None if trainer.schedule.ahead is None else gather(trainer.schedule.ahead)
     if ahead is not None:
         writer.tensors("ahead", _to_tensors(pack(ahead)))
     if trainer.held_out is not None:
@@ -66,13 +66,13 @@ def save(trainer: "SAPOTrainer", writer: CheckpointWriter) -> None:
     writer.own("random", *checkpoint.random_states())
     versions = {"version": trainer.ema.version, "served_version": trainer.ema.served_version}
     writer.json("trainer", {**versions, "ahead": ahead is not None, **trainer.unlogged()})
-    if is_first():
+    if is_main_process():
         trainer.state.save_to_json(str(writer.add("trainer_state.json")))
     writer.json("settings", identity(trainer))
     writer.finish(trainer.state.global_step)
 
 
-def _named_parts(layout: Whole, parts: Sequence[Tensor]) -> tuple[dict[str, Tensor], dict[str, int] | None]:
+def _named_parts(layout: Replicated, parts: Sequence[Tensor]) -> tuple[dict[str, Tensor], dict[str, int] | None]:
     """Parts by name, without padding, and where they begin."""
     spans = [layout.span(index) for index in range(len(parts))]
     named = {name: part[:length] for name, part, (_, length) in zip(layout.names, parts, spans, strict=True)}
@@ -113,13 +113,13 @@ def restore(trainer: "SAPOTrainer", reader: CheckpointReader) -> None:
     trainer.buffer.load_state_dict(_to_arrays(reader.tensors("buffer")))
     if saved["ahead"]:
         ahead = unpack(_to_arrays(reader.tensors("ahead")))
-        trainer.schedule.ahead = [ahead[i] for i in trainer.share.of(len(ahead))]
+        trainer.schedule.ahead = [ahead[i] for i in trainer.rank_slice.of(len(ahead))]
     if trainer.eval_dataset is not None:
         restore_held_out(trainer, reader)
     trainer.push()
 
 
-def _read_parts(reader: CheckpointReader, group: str, layout: Whole, like: Sequence[Tensor]) -> list[Tensor]:
+def _read_parts(reader: CheckpointReader, group: str, layout: Replicated, like: Sequence[Tensor]) -> list[Tensor]:
     """This process's parts of saved weights, whichever processes wrote them."""
     saved, parts = reader.parts(group), []
     if extra := set(saved) - set(layout.names):

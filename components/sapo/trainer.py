@@ -46,7 +46,7 @@ from components.common.kernels.pair_logps import (
 from components.common.kernels.pair_packing import PairBatch, PairIds, collate, whole_sequences
 from components.common.models.chat_templates import EncodedRow, encode_rows
 from components.common.models.loading import load_model, load_tokenizer, stop_ids, whole_models
-from components.common.training.distributed.processes import is_first, of_all, sum_over_all
+from components.common.training.distributed.processes import all_reduce_sum, gather, is_main_process
 from components.sapo import checkpoint, self_play, state
 from components.sapo.checkpoint import CheckpointReader, CheckpointWriter
 from components.sapo.config import SAPOConfig
@@ -58,7 +58,7 @@ from components.sapo.reference_cache import ReferenceCache
 from components.sapo.replay_buffer import Entry, ReplayBuffer
 from components.sapo.schedule import Overlap, Schedule, Sync
 from components.sapo.segments import Rejected
-from components.sapo.sharding import Whole, layout_of, relative_distance
+from components.sapo.sharding import Replicated, layout_of, relative_distance
 
 CANARY = 16  # tokens whose log-probs prove that the engine serves what was pushed
 
@@ -126,7 +126,7 @@ class SAPOTrainer(Trainer):
             callbacks=[_SelfPlayCallback(self), *(callbacks or [])],
         )
         self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs; Trainer divides by the accumulation
-        self.share = self_play.Share(self.args.process_index, self.args.world_size)
+        self.rank_slice = self_play.RankSlice(self.args.process_index, self.args.world_size)
         self.stop_ids = stop_ids(model, processing_class)
         self.pad_id = int(processing_class.pad_token_id)
         self.share_prefix = supports_shared_prefix(model)
@@ -155,7 +155,7 @@ class SAPOTrainer(Trainer):
         """
         self.ema_model = self.served_model = self.reference = None
         self.reference_weights: list[Tensor] = []
-        self.layout = Whole(model, None)
+        self.layout = Replicated(model, None)
         if self.in_parts:
             if args.sampler == "hf":
                 self.served_model = model if args.use_peft else _unsharded(model, args)
@@ -211,12 +211,12 @@ class SAPOTrainer(Trainer):
     ) -> tuple[list[dict[str, Any]], None]:
         step = self.state.global_step
         entries = self.schedule.entries(step)
-        self.buffer.add(of_all(entries))
+        self.buffer.add(gather(entries))
         self._record_sampling(entries)
         random = self_play.generator(self.args.seed, self_play.DRAWS, step)
         size = self.args.per_device_train_batch_size
         # One draw for each process, by all of them alike: two processes draw what one does with two micro-batches.
-        drawn = [[self.buffer.draw(size, random) for _ in range(self.share.count)] for _ in range(num_batches)]
+        drawn = [[self.buffer.draw(size, random) for _ in range(self.rank_slice.count)] for _ in range(num_batches)]
         return [self._collate(of_each) for of_each in drawn], None
 
     def _generate(self, step: int, steps_done: int) -> list[Entry]:
@@ -231,8 +231,8 @@ class SAPOTrainer(Trainer):
         """This process's share of the entries that `self_play.sample_entries` gives."""
         # transformers' generate has no adapter of its own: it runs the policy's model, with the EMA's adapter in place.
         in_turns = self.args.use_peft and self.args.sampler == "hf" and not self.args.on_policy
-        with self.layout.seated(self.ema.serving) if in_turns else nullcontext():
-            return self_play.sample_entries(rows, chosen, self.sampler, self.args, random, step, epoch, self.share)
+        with self.layout.swapped_in(self.ema.serving) if in_turns else nullcontext():
+            return self_play.sample_entries(rows, chosen, self.sampler, self.args, random, step, epoch, self.rank_slice)
 
     def _record_sampling(self, entries: list[Entry]) -> None:
         for entry in entries:
@@ -244,7 +244,7 @@ class SAPOTrainer(Trainer):
 
     def _collate(self, drawn_by: list[list[tuple[int, Entry]]]) -> dict[str, Any]:
         """This process's micro-batch of those that all draw; chosen responses are in its first half, rejected in the second."""
-        drawn = drawn_by[self.share.index]
+        drawn = drawn_by[self.rank_slice.index]
         pairs = [_Pair(self.train_dataset[e.row], e, self._rejected(e), entry_id) for entry_id, e in drawn]
         batch = self._collate_pairs(pairs)
         for _, entry in drawn:
@@ -289,7 +289,7 @@ class SAPOTrainer(Trainer):
         """The loss of each pair, and the log-prob of each response token, (2 * pairs, longest response)."""
         extras: tuple[Tensor, ...] = ()
         if self.preference.reference:
-            # First, as it may seat the reference's weights in the policy, and holds no activations afterwards.
+            # First, as it may swap the reference's weights into the policy, and holds no activations afterwards.
             extras += self._reference_logps(pairs, ids_of_all).to(self.args.device).unbind()
         batches = [batch, self._sequences(pairs)] if self.args.nll_scope == "sequence" else [batch]
         logps, *of_sequences = pair_logps(model, self.policy, batches)
@@ -313,7 +313,7 @@ class SAPOTrainer(Trainer):
         Args:
             ids_of_all: entries of this micro-batch by process. What one process scores, all of them know.
         """
-        ids = ids_of_all[self.share.index]
+        ids = ids_of_all[self.rank_slice.index]
         missing = self.reference_cache.missing(ids)
         self._metrics["reference/reused"].append(1 - len(missing) / len(ids))
         if any(self.reference_cache.missing(of_one) for of_one in ids_of_all):
@@ -323,7 +323,7 @@ class SAPOTrainer(Trainer):
             batch = self._collate_pairs([by_id[i] for i in scored]).to(self.args.device)
             with self._reference_model() as (model, policy):
                 logps = self._per_response(pair_logps(model, policy, [batch])[0], batch)
-            found = of_all([(scored, torch.stack(logps.chunk(2)).float().cpu())])
+            found = gather([(scored, torch.stack(logps.chunk(2)).float().cpu())])
             for entry_ids, values in found:
                 self.reference_cache.store(entry_ids, values)
         return self.reference_cache.get(ids)
@@ -334,7 +334,7 @@ class SAPOTrainer(Trainer):
         if self.reference is not None:
             yield self.reference, self.reference
             return
-        with self.layout.seated(self.reference_weights):
+        with self.layout.swapped_in(self.reference_weights):
             yield self.model_wrapped, self.policy
 
     def _sequences(self, pairs: list["_Pair"]) -> PairBatch:
@@ -362,7 +362,7 @@ class SAPOTrainer(Trainer):
         for name, values in recorded.items():
             self._metrics[name] += values.tolist()
         step = self.state.global_step + 1  # as in the log entry that follows this step
-        if step % self.state.logging_steps == 0 and is_first():
+        if step % self.state.logging_steps == 0 and is_main_process():
             for i, pair in enumerate(pairs[: self.args.pairs_per_log]):
                 behind = self.ema.version - pair.entry.version
                 self.pair_log.write(step, pair.row, pair.entry, pair.rejected, b[i], b_prime[i], behind)
@@ -398,7 +398,7 @@ class SAPOTrainer(Trainer):
             served: Any = self.served_model
             return self.sampler.load(served.named_parameters(), self.ema.served_version, self._canary(served))
         parts = self.layout.parts() if self.args.on_policy else self.ema.serving
-        with self.layout.seated(parts):
+        with self.layout.swapped_in(parts):
             canary = self._canary(self.model_wrapped)
             weights = merged_weights(self.policy) if self.args.use_peft else self.layout.weights(parts)
             in_place = self.args.use_peft and self.args.sampler == "hf"
@@ -429,7 +429,7 @@ class SAPOTrainer(Trainer):
         random = self_play.generator(self.args.seed, self_play.HELD_OUT, 0)
         every = list(range(len(rows)))
         entries = self._sample(rows, every, random, step=0, epoch=0)
-        self.set_held_out(of_all(entries), start_logps=None)
+        self.set_held_out(gather(entries), start_logps=None)
 
     def set_held_out(self, entries: list[Entry], start_logps: Tensor | None) -> None:
         """Held-out pairs from their entries; without log-probs the policy as it is now is the start."""
@@ -444,8 +444,8 @@ class SAPOTrainer(Trainer):
 
         Each process scores every n-th pair, all of them equally many: forward is a common work where the policy is sharded.
         """
-        n = self.share.count
-        mine = list(itertools.islice(itertools.cycle(pairs), self.share.index, -(-len(pairs) // n) * n, n))
+        n = self.rank_slice.count
+        mine = list(itertools.islice(itertools.cycle(pairs), self.rank_slice.index, -(-len(pairs) // n) * n, n))
         model: Any = self.model_wrapped
         was_training = model.training
         model.eval()
@@ -457,7 +457,7 @@ class SAPOTrainer(Trainer):
                 logps = self._per_response(pair_logps(model, self.policy, [batch])[0], batch)
             scores.append(torch.stack(logps.chunk(2)).cpu())
         model.train(was_training)
-        by_process = of_all([torch.cat(scores, dim=1)])  # each (2, mine)
+        by_process = gather([torch.cat(scores, dim=1)])  # each (2, mine)
         return torch.stack(by_process, dim=2).flatten(1)[:, : len(pairs)]
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
@@ -507,7 +507,7 @@ class SAPOTrainer(Trainer):
         return super().train(str(self._resumed.directory), *args, **kwargs)
 
     def _cut_pair_log(self, step: int) -> None:
-        if is_first():
+        if is_main_process():
             self.pair_log.keep_until(step)
 
     def _checkpoint_directory(self, given: str | bool) -> Path:
@@ -532,7 +532,7 @@ class SAPOTrainer(Trainer):
         directory = Path(str(self.args.output_dir))
         with self._timed("save"):
             state.save(self, CheckpointWriter(directory / f"{checkpoint.PREFIX}{self.state.global_step}"))
-        if self.args.save_total_limit is not None and is_first():
+        if self.args.save_total_limit is not None and is_main_process():
             checkpoint.remove_old(directory, self.args.save_total_limit)
 
     # `Trainer` calls the next three when it resumes; the files it would look for are not there.
@@ -571,7 +571,7 @@ class SAPOTrainer(Trainer):
         """Metrics of all processes since the last log entry, as JSON; a resumed run logs them with its own."""
         return {
             "metrics": self._metrics_of_all(),
-            "loss": float(np.mean(of_all([float(self._tr_loss)]))),
+            "loss": float(np.mean(gather([float(self._tr_loss)]))),
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
             "wall_clock": self.wall_clock(),
@@ -580,19 +580,19 @@ class SAPOTrainer(Trainer):
     def save_trained(self, output: Path) -> None:
         """Writes the trained policy as a plain Hugging Face directory, one parameter at a time; all processes call this."""
         if self.args.use_peft and self.args.merge_adapter:
-            if is_first():
+            if is_main_process():
                 with whole_models():
                     base = load_model(str(self.policy.name_or_path))
                 merge_into(base, self.policy)
                 base.save_pretrained(output)
         elif self.layout.sharded:
             whole = self.layout.weights(self.layout.parts())
-            weights = {name: weight.cpu() for name, weight in whole if is_first()}
-            if is_first():
+            weights = {name: weight.cpu() for name, weight in whole if is_main_process()}
+            if is_main_process():
                 self.policy.save_pretrained(output, state_dict=weights)  # type: ignore[operator]
-        elif is_first():
+        elif is_main_process():
             self.policy.save_pretrained(output)  # type: ignore[operator]
-        if is_first():
+        if is_main_process():
             self.processing_class.save_pretrained(output)  # type: ignore[union-attr]
 
     def before_first_step(self) -> None:
@@ -602,7 +602,7 @@ class SAPOTrainer(Trainer):
             self._tr_loss += saved["loss"]
             self._total_loss_scalar = saved["total_loss"]
             self._globalstep_last_logged = saved["last_logged"]
-            if is_first():
+            if is_main_process():
                 self._metrics = defaultdict(list, saved["metrics"])
                 self._totals = defaultdict(float, saved["wall_clock"])
         elif self.in_parts:
@@ -630,12 +630,12 @@ class SAPOTrainer(Trainer):
         generated = {"seconds/generate": self.schedule.sampled, "seconds/wait": self.schedule.waited}
         seconds = {**self._totals, **{name: self._totals[name] + value for name, value in generated.items()}}
         tokens = ("tokens/generated", "tokens/trained")
-        return seconds | {name: float(sum_over_all(int(self._totals[name]), self.args.device)) for name in tokens}
+        return seconds | {name: float(all_reduce_sum(int(self._totals[name]), self.args.device)) for name in tokens}
 
     def _metrics_of_all(self) -> dict[str, list[float]]:
         """Values of every process since the last entry."""
         merged: defaultdict[str, list[float]] = defaultdict(list)
-        for metrics in of_all([dict(self._metrics)]):
+        for metrics in gather([dict(self._metrics)]):
             for name, values in metrics.items():
                 merged[name] += values
         return dict(merged)
@@ -689,7 +689,7 @@ class _SelfPlayCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.after_step()
-        if sum_over_all(int(self.trainer.stop_requested), args.device):
+        if all_reduce_sum(int(self.trainer.stop_requested), args.device):
             self.trainer.stop_requested = True
             control.should_save = control.should_training_stop = True
 

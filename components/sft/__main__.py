@@ -29,7 +29,11 @@ def main(argv: Sequence[str]) -> None:
     started = time.perf_counter()
     from components.common.models.loading import load_tokenizer
     from components.common.training.config import HIDDEN
-    from components.common.training.distributed.processes import is_first, leave, prepare_output_once
+    from components.common.training.distributed.processes import (
+        destroy_process_group,
+        is_main_process,
+        prepare_output_on_main_process,
+    )
     from components.common.training.resume import (
         ResumableStageConfig,
         RunRecord,
@@ -54,18 +58,18 @@ def main(argv: Sequence[str]) -> None:
     identity = run_identity(args, train)
     if checkpoint:
         check_identity(checkpoint, identity)
-    if is_first():
+    if is_main_process():
         for line in _plan(train, dropped, args, checkpoint, stage.output):
             print(line) if stage.dry_run else logger.info(line)
     if stage.dry_run:
         return
 
     if not checkpoint:
-        prepare_output_once(stage.output, overwrite=True)
+        prepare_output_on_main_process(stage.output, overwrite=True)
     trainer = _trainer(stage, args, tokenizer, train, evaluation)
     summary = _train(trainer, RunRecord(started, identity, trainer), checkpoint)
     _write(stage, args, trainer, summary)
-    leave()
+    destroy_process_group()
 
 
 def _dataset(tokenizer: Any, stage: Any, args: Any, rows: list[Row]) -> tuple[Any, int]:
@@ -111,14 +115,14 @@ def _trainer(stage: Any, args: Any, tokenizer: Any, train: Any, evaluation: Any)
 
     from components.common.models.loading import load_model
     from components.common.training.config import stage_arguments
-    from components.common.training.log import show_progress_once
+    from components.common.training.log import show_progress_on_main_process
 
     places = stage_arguments(stage.log_directory()) | {"output_dir": str(Path(stage.output) / "checkpoints")}
     args = dataclasses.replace(args, **places)
     attention = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
     model = load_model(stage.model, "float32", **attention)
     trainer = SFTTrainer(model, args, train_dataset=train, eval_dataset=evaluation, processing_class=tokenizer)
-    show_progress_once(trainer, "sft")
+    show_progress_on_main_process(trainer, "sft")
     return trainer
 
 
@@ -131,13 +135,13 @@ def _train(trainer: Any, record: Any, checkpoint: Path | None) -> dict[str, floa
 
 
 def _write(stage: Any, args: Any, trainer: Any, summary: dict[str, float]) -> None:
-    from components.common.training.distributed.processes import is_first
+    from components.common.training.distributed.processes import is_main_process
     from components.common.training.log import write_training_log
     from components.common.training.resume import remove_checkpoints
-    from components.common.training.saving import save_model_once
+    from components.common.training.saving import save_model_on_main_process
 
-    save_model_once(trainer, Path(stage.output))
-    if not is_first():
+    save_model_on_main_process(trainer, Path(stage.output))
+    if not is_main_process():
         return
     settings = dataclasses.asdict(stage) | args.to_dict()
     write_training_log(stage.log_directory(), "sft", stage.name or "sft", trainer, settings, summary)

@@ -72,7 +72,7 @@ def _check_settings(settings: Any) -> None:
 
 def _files(stage: Any, settings: Any, train: Any, held_out: Any) -> Any:
     """The places of the run, after a check that they are free or of this very run; writes unless it is a dry run."""
-    from components.common.training.distributed.processes import in_first, prepare_output_once
+    from components.common.training.distributed.processes import on_main_process, prepare_output_on_main_process
     from components.common.training.log import library_versions
     from components.spin import snapshots
     from components.spin.files import RunFiles, check_identity, identity
@@ -80,7 +80,7 @@ def _files(stage: Any, settings: Any, train: Any, held_out: Any) -> Any:
     files = RunFiles(Path(stage.output))
     mine = identity(dataclasses.asdict(settings), train, held_out, Path(stage.model))
     if not (stage.overwrite or stage.dry_run):
-        in_first(snapshots.adopt, files)
+        on_main_process(snapshots.adopt, files)
     if files.run.exists() and not stage.overwrite:
         check_identity(files, mine)
         return files
@@ -92,8 +92,8 @@ def _files(stage: Any, settings: Any, train: Any, held_out: Any) -> Any:
     }
     check_output(stage.output, stage.overwrite or leftovers)
     if not stage.dry_run:
-        prepare_output_once(stage.output, overwrite=True)
-        in_first(_begin, files, {**mine, "versions": library_versions()})
+        prepare_output_on_main_process(stage.output, overwrite=True)
+        on_main_process(_begin, files, {**mine, "versions": library_versions()})
     return files
 
 
@@ -105,7 +105,7 @@ def _begin(files: Any, record: dict[str, Any]) -> None:
 
 
 def _show_plan(stage: Any, settings: Any, rows: int, dropped: int, files: Any) -> None:
-    from components.common.training.distributed.processes import is_first
+    from components.common.training.distributed.processes import is_main_process
     from components.spin.schedule import describe
 
     plan = describe(rows, dropped, stage.model, settings, launch.process_count(stage.num_processes))
@@ -113,13 +113,13 @@ def _show_plan(stage: Any, settings: Any, rows: int, dropped: int, files: Any) -
         complete = [str(i) for i in range(settings.iterations) if files.result(i) is not None]
         plan += [f"goes on with the run in {files.root}"] if files.run.exists() else []
         plan += [f"complete already: iterations {', '.join(complete)}"] if complete else []
-    for line in plan if is_first() else []:
+    for line in plan if is_main_process() else []:
         print(line) if stage.dry_run else logger.info(line)
 
 
 def _run(stage: Any, settings: Any, tokenizer: Any, train: Any, held_out: Any, files: Any, started: float) -> None:
     from components.common.training.config import stage_arguments
-    from components.common.training.distributed.processes import in_first, leave
+    from components.common.training.distributed.processes import destroy_process_group, on_main_process
     from components.spin import snapshots
     from components.spin.clock import Clock
     from components.spin.iterations import SPINRun, StoppedError
@@ -138,12 +138,12 @@ def _run(stage: Any, settings: Any, tokenizer: Any, train: Any, held_out: Any, f
         run.run()
     except StoppedError as place:
         logger.info("stopped (%s) and saved; the same command goes on from there", place)
-        leave()
+        destroy_process_group()
         sys.exit(TERMINATED)
     finally:
         signal.signal(signal.SIGTERM, before)
-    in_first(_write, stage, settings, run)
-    leave()
+    on_main_process(_write, stage, settings, run)
+    destroy_process_group()
 
 
 def _write(stage: Any, settings: Any, run: Any) -> None:

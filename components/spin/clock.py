@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from components.common.training.distributed.processes import is_first
+from components.common.training.distributed.processes import is_main_process
 from components.spin.files import write_json
 
 
@@ -43,7 +43,7 @@ class Clock:
     def save(self) -> None:
         """Writes the times so far, of blocks that still run too; the first process's count."""
         self._count()
-        if is_first():
+        if is_main_process():
             write_json(self.path, self.seconds)
 
     def _count(self) -> None:

@@ -16,7 +16,7 @@ from components.common.core.errors import UserError
 from components.common.core.progress import progress
 from components.common.generation.protocol import Sampler, request_seed
 from components.common.models.chat_templates import EncodedRow
-from components.common.training.distributed.processes import in_first, of_all, process_count, process_index
+from components.common.training.distributed.processes import gather, on_main_process, process_count, process_index
 from components.common.training.preference import EncodedPair
 from components.spin.config import SPINSettings
 
@@ -50,13 +50,13 @@ def generate(
     """
     count, mine = process_count(), process_index()
     order, size = generation_order(rows), settings.sampler_batch_size * count
-    done = in_first(_keep_whole_batches, path, len(rows), size)
+    done = on_main_process(_keep_whole_batches, path, len(rows), size)
     bar = progress(total=len(rows), initial=done, desc=description, unit="responses", disable=mine > 0)
     for low in range(done, len(rows), size):
         batch = [rows[i] for i in order[low : low + size]]
         responses = _responses(sampler, batch[mine::count], iteration, settings) if len(batch) > mine else []
-        found = dict(of_all([*zip(range(mine, len(batch), count), responses, strict=True)]))
-        in_first(_append, path, [(row["id"], found[i]) for i, row in enumerate(batch)])
+        found = dict(gather([*zip(range(mine, len(batch), count), responses, strict=True)]))
+        on_main_process(_append, path, [(row["id"], found[i]) for i, row in enumerate(batch)])
         bar.update(len(batch))
         after_batch()
     bar.close()

@@ -23,10 +23,10 @@ from transformers import (
 
 from components.common.models.chat_templates import EncodedRow
 from components.common.models.loading import load_model, stop_ids
-from components.common.training.distributed.processes import in_first, is_first, of_all, process_count
-from components.common.training.log import final_evaluation, show_progress_once
+from components.common.training.distributed.processes import gather, is_main_process, on_main_process, process_count
+from components.common.training.log import final_evaluation, show_progress_on_main_process
 from components.common.training.preference import EncodedPair, preference_trainer
-from components.common.training.saving import save_model_once
+from components.common.training.saving import save_model_on_main_process
 from components.spin import generation, results
 from components.spin.clock import Clock
 from components.spin.config import SPINSettings
@@ -82,7 +82,7 @@ class SPINRun:
             StoppedError: `stop_requested` was set; the same run goes on from there.
         """
         for iteration in schedule(self.settings):
-            if in_first(self.files.result, iteration.index) is None:
+            if on_main_process(self.files.result, iteration.index) is None:
                 self.files.iteration(iteration.index).mkdir(parents=True, exist_ok=True)
                 self.generate(iteration)
                 self.train(iteration)
@@ -99,7 +99,9 @@ class SPINRun:
         index = iteration.index
         parts = [("generate", self.train_rows, self.files.generated(index))]
         parts += [("held_out", self.held_out_rows, self.files.held_out(index))] if self.held_out_rows else []
-        missing = in_first(lambda: [name for name, rows, path in parts if not generation.is_complete(path, rows)])
+        missing = on_main_process(
+            lambda: [name for name, rows, path in parts if not generation.is_complete(path, rows)]
+        )
         missing_parts = [part for part in parts if part[0] in missing]
         if missing:
             _forget_sharding()
@@ -113,7 +115,7 @@ class SPINRun:
                         generation.generate(sampler, rows, path, index, self.settings, self.after_batch, label)
             del sampler
             _free_memory()
-        in_first(results.write_pairs, self, index)
+        on_main_process(results.write_pairs, self, index)
 
     def after_batch(self) -> None:
         """A batch of responses is on disk."""
@@ -137,10 +139,10 @@ class SPINRun:
                 evaluation = final_evaluation(trainer)
         generated = generation.statistics(self.pairs(index), stop_ids(self.model, self.tokenizer))
         summary = {"train_loss": metrics["train_loss"], **evaluation, **generated}
-        summary["tokens/trained"] = sum(of_all([trainer.tokens_trained]))
+        summary["tokens/trained"] = sum(gather([trainer.tokens_trained]))
         history = trainer.state.log_history
         result = {"steps": trainer.state.global_step, "history": history, "summary": summary}
-        in_first(self.files.finish_iteration, index, result)
+        on_main_process(self.files.finish_iteration, index, result)
         logger.info(
             "iteration %d: %d steps; %d of %d generated responses were equal to the chosen ones",
             *(index, trainer.state.global_step, generated["generated/identical"], len(self.train_rows)),
@@ -149,10 +151,10 @@ class SPINRun:
     def _trained(self, iteration: Iteration) -> tuple[Any, dict[str, float]]:
         trainer = self.make_trainer(iteration)
         trainer.add_callback(_Interruptible(self, trainer, iteration))
-        checkpoint = in_first(newest_checkpoint, self.files.checkpoints(iteration.index))
+        checkpoint = on_main_process(newest_checkpoint, self.files.checkpoints(iteration.index))
         if checkpoint:
             logger.info("iteration %d: resumes from %s", iteration.index, checkpoint[0])
-            trainer.tokens_trained = checkpoint[1] if is_first() else 0  # of all processes
+            trainer.tokens_trained = checkpoint[1] if is_main_process() else 0  # of all processes
         metrics = trainer.train(resume_from_checkpoint=str(checkpoint[0]) if checkpoint else None).metrics
         if self.told_to_stop() and trainer.state.global_step < trainer.state.max_steps:
             raise StoppedError(f"iteration {iteration.index}, after step {trainer.state.global_step}")
@@ -170,7 +172,7 @@ class SPINRun:
         if self.held_out_rows:
             held_out = generation.read_pairs(self.files.held_out(iteration.index), self.held_out_rows)
         trainer = preference_trainer(self.settings.loss_type, model, reference, args, pairs, held_out, self.tokenizer)
-        show_progress_once(trainer, f"iteration {iteration.index}: train")
+        show_progress_on_main_process(trainer, f"iteration {iteration.index}: train")
         return trainer
 
     def _save(self, trainer: Any, index: int) -> None:
@@ -178,13 +180,13 @@ class SPINRun:
         model = self.files.model(index)
         unfinished = model.with_name("model.unfinished")
         for left in (model, unfinished):
-            in_first(shutil.rmtree, left, True)  # whether it is there or not
-        save_model_once(trainer, unfinished)
-        in_first(unfinished.rename, model)
+            on_main_process(shutil.rmtree, left, True)  # whether it is there or not
+        save_model_on_main_process(trainer, unfinished)
+        on_main_process(unfinished.rename, model)
 
     def told_to_stop(self) -> bool:
         """Whether any process was."""
-        return any(of_all([self.stop_requested]))
+        return any(gather([self.stop_requested]))
 
     def stop_if_requested(self) -> None:
         if self.told_to_stop():
@@ -221,7 +223,7 @@ class _Interruptible(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         directory = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        tokens = sum(of_all([self.trainer.tokens_trained]))
-        in_first(mark_checkpoint, directory, tokens)
+        tokens = sum(gather([self.trainer.tokens_trained]))
+        on_main_process(mark_checkpoint, directory, tokens)
         self.run.clock.save()
         self.run.save()

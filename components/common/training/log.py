@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from components.common.core.progress import progress
-from components.common.training.distributed.processes import is_first
+from components.common.training.distributed.processes import is_main_process
 
 
 class TrainingProgress(TrainerCallback):
@@ -90,9 +90,9 @@ def write_training_log(
     (directory / "summary.json").write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
 
 
-def show_progress_once(trainer: Any, description: str) -> None:
+def show_progress_on_main_process(trainer: Any, description: str) -> None:
     """One progress bar, of the first process."""
-    if is_first():
+    if is_main_process():
         show_progress(trainer, description)
     else:
         trainer.remove_callback(PrinterCallback)

@@ -17,8 +17,12 @@ from components.common.stage.kfp import publish
 from components.common.stage.parser import ConfigParser
 from components.common.training.config import HIDDEN, stage_arguments
 from components.common.training.distributed import launch
-from components.common.training.distributed.processes import is_first, leave, prepare_output_once
-from components.common.training.log import final_evaluation, show_progress_once, write_training_log
+from components.common.training.distributed.processes import (
+    destroy_process_group,
+    is_main_process,
+    prepare_output_on_main_process,
+)
+from components.common.training.log import final_evaluation, show_progress_on_main_process, write_training_log
 from components.common.training.preference import EncodedPair, Loss, encode_pairs, preference_trainer
 from components.common.training.resume import (
     ResumableStageConfig,
@@ -29,7 +33,7 @@ from components.common.training.resume import (
     run_identity,
     train_to_end,
 )
-from components.common.training.saving import save_model_once
+from components.common.training.saving import save_model_on_main_process
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +61,14 @@ def run(loss: Loss, settings: type, description: str, argv: Sequence[str], start
     identity = run_identity(args, train)
     if checkpoint:
         check_identity(checkpoint, identity)
-    if is_first():
+    if is_main_process():
         for line in _plan(train, dropped, args, checkpoint):
             print(line) if stage.dry_run else logger.info(line)
     if stage.dry_run:
         return
 
     if not checkpoint:
-        prepare_output_once(stage.output, overwrite=True)
+        prepare_output_on_main_process(stage.output, overwrite=True)
     trainer = _trainer(loss, stage, args, train, evaluation, tokenizer)
     record = RunRecord(started, identity, trainer)
     summary = train_to_end(trainer, record, checkpoint)
@@ -97,18 +101,18 @@ def _trainer(loss: Loss, stage: Any, args: Any, train: Any, evaluation: Any, tok
     model = load_model(stage.model, "float32")
     reference = load_model(stage.model, "float32") if loss == "dpo" else None
     trainer = preference_trainer(loss, model, reference, args, train, evaluation, tokenizer)
-    show_progress_once(trainer, loss)
+    show_progress_on_main_process(trainer, loss)
     return trainer
 
 
 def _write(loss: Loss, stage: Any, args: Any, trainer: Any, summary: dict[str, float]) -> None:
     output = Path(stage.output)
-    save_model_once(trainer, output)
-    if is_first():
+    save_model_on_main_process(trainer, output)
+    if is_main_process():
         settings = dataclasses.asdict(stage) | args.to_dict()
         write_training_log(stage.log_directory(), loss, stage.name or loss, trainer, settings, summary)
         remove_checkpoints(stage)
         logger.info("trained %d steps in %.0f s, wrote %s", trainer.state.global_step, summary["seconds/train"], output)
         shown = ("train_loss", "train_runtime", "eval_loss", "eval_rewards/margins", "eval_rewards/accuracies")
         publish(stage.executor_input, {"metrics": {k: v for k, v in summary.items() if k in shown}})
-    leave()
+    destroy_process_group()

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from components.common.core.conversations import read_rows
 from components.common.models.loading import load_model, load_tokenizer
 from components.common.training.distributed import launch
-from components.common.training.distributed.processes import is_first, leave, of_all
+from components.common.training.distributed.processes import destroy_process_group, gather, is_main_process
 from components.sapo.config import SAPOConfig
 from components.sapo.trainer import SAPOTrainer
 
@@ -73,8 +73,8 @@ def write(trainer: SAPOTrainer, place: Path) -> None:
         groups["reference"] = trainer.reference_weights
     tensors = {f"{group}/{k}": v.clone() for group, parts in groups.items() for k, v in layout.weights(parts)}
     buffer = {name: array.tolist() for name, array in trainer.buffer.state_dict().items()}
-    assert len({json.dumps(one) for one in of_all([buffer])}) == 1  # every process has the same buffer
-    if is_first():
+    assert len({json.dumps(one) for one in gather([buffer])}) == 1  # every process has the same buffer
+    if is_main_process():
         save_file({k: v.contiguous() for k, v in tensors.items()}, f"{place}.safetensors")
         log = trainer.state.log_history
         Path(f"{place}.json").write_text(json.dumps({"log": log, "buffer": buffer, "version": trainer.sampler.version}))
@@ -88,7 +88,7 @@ def main() -> None:
     for scenario in scenarios:
         run(model, data, Path(output), scenario)
     if launch.is_launched():
-        leave()
+        destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def test_the_reference_is_what_was_set(trainer, micro_model, reference):
         found = response_logps(model, batch)
     adapter = {"ema": run.ema.average, "policy": run.layout.parts()}
     if reference in adapter:
-        with run.layout.seated(adapter[reference]), torch.no_grad():
+        with run.layout.swapped_in(adapter[reference]), torch.no_grad():
             expected = response_logps(run.policy, batch)
         assert not torch.allclose(found, response_logps(load_model(str(micro_model), torch.float32), batch))
     else:
@@ -85,7 +85,7 @@ def test_the_reference_is_what_was_set(trainer, micro_model, reference):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_adapter_is_back_after_the_reference_was_seated(trainer):
+def test_the_adapter_is_back_after_the_reference_was_swapped_in(trainer):
     run = trainer()
     run.train()
     before = clones(run.layout.parts())
@@ -99,7 +99,7 @@ def test_b_prime_is_written_by_the_ema(trainer, micro_model):
     run = trainer(temperature=0.0, ema_decay=0.9)
     run.train()
     plain = load_model(str(micro_model), torch.float32)
-    with run.layout.seated(run.ema.serving), torch.no_grad():
+    with run.layout.swapped_in(run.ema.serving), torch.no_grad():
         plain.load_state_dict({name: weight.clone() for name, weight in merged_weights(run.policy)}, strict=False)
     found = run._generate(0, 0)
     run.sampler.model, run.args.use_peft = plain, False  # the same rows, by the plain model

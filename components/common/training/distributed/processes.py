@@ -14,7 +14,7 @@ from components.common.stage.outputs import prepare_output
 Item = TypeVar("Item")
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     return PartialState().is_main_process
 
 
@@ -26,24 +26,24 @@ def process_index() -> int:
     return PartialState().process_index
 
 
-def in_first(action: Callable[..., Item], *arguments: Any) -> Item:
+def on_main_process(action: Callable[..., Item], *arguments: Any) -> Item:
     """Runs an action in the first process, while the others wait; all get what it gives."""
-    mine: list[Any] = [action(*arguments) if is_first() else None]
-    return of_all(mine)[0]
+    mine: list[Any] = [action(*arguments) if is_main_process() else None]
+    return gather(mine)[0]
 
 
-def of_all(items: list[Item]) -> list[Item]:
+def gather(items: list[Item]) -> list[Item]:
     """The items of every process, in the order of processes; each process must call this, and gets them all."""
     return gather_object(items) if dist.is_initialized() and dist.get_world_size() > 1 else items
 
 
-def wait_for_all() -> None:
+def barrier() -> None:
     """Returns when every process has come here."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
 
 
-def sum_over_all(value: int, device: torch.device) -> int:
+def all_reduce_sum(value: int, device: torch.device) -> int:
     """The sum of a number over all processes; the number itself where there is one."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
@@ -52,7 +52,7 @@ def sum_over_all(value: int, device: torch.device) -> int:
     return int(total)
 
 
-def prepare_output_once(directory: str, overwrite: bool) -> Path:
+def prepare_output_on_main_process(directory: str, overwrite: bool) -> Path:
     """`prepare_output` in one process, while the others, which have looked at the directory too, wait."""
     processes = PartialState()
     processes.wait_for_everyone()
@@ -62,7 +62,7 @@ def prepare_output_once(directory: str, overwrite: bool) -> Path:
     return Path(directory)
 
 
-def leave() -> None:
+def destroy_process_group() -> None:
     """Ends the group of processes when all are done; without it a launch may end with an error."""
     processes = PartialState()
     processes.wait_for_everyone()
