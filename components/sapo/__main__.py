@@ -12,7 +12,6 @@ import dataclasses
 import logging
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,14 @@ from components.common.core.errors import TERMINATED
 from components.common.stage.kfp import publish
 from components.common.stage.parser import ConfigParser
 from components.common.stage.run import run_stage
+from components.common.training.clock import Clock
 from components.common.training.distributed import launch
 
 logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str]) -> None:
-    started = time.perf_counter()
+    clock = Clock()
     from components.common.models.chat_templates import encode_rows
     from components.common.models.loading import load_config, load_tokenizer
     from components.common.training.config import HIDDEN
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
 
     output = Path(stage.output) if checkpoint else prepare_output_on_main_process(stage.output, overwrite=True)
     trainer, summary = _train(
-        load_policy(stage.model, args), tokenizer, train, evaluation, stage, args, checkpoint, started
+        load_policy(stage.model, args), tokenizer, train, evaluation, stage, args, checkpoint, clock
     )
     if trainer.stop_requested:
         if is_main_process():
@@ -89,7 +89,7 @@ def _train(
     stage: Any,
     args: Any,
     checkpoint: Path | None,
-    started: float,
+    clock: Clock,
 ) -> tuple[Any, dict[str, float]]:
     from components.common.training.config import stage_arguments
     from components.common.training.distributed.processes import is_main_process
@@ -98,8 +98,9 @@ def _train(
 
     places = stage_arguments(stage.log_directory())
     places |= {"output_dir": str(Path(stage.output) / "checkpoints"), "log_dir": str(stage.log_directory())}
-    trainer = SAPOTrainer(model, dataclasses.replace(args, **places), train, evaluation, processing_class=tokenizer)
-    trainer.started = started
+    trainer = SAPOTrainer(
+        model, dataclasses.replace(args, **places), train, evaluation, processing_class=tokenizer, clock=clock
+    )
     show_progress_on_main_process(trainer, f"sapo-{args.loss_type}")
 
     def stop(*_: object) -> None:

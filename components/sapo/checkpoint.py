@@ -1,33 +1,43 @@
 """Checkpoints: one directory with everything, proven complete by a manifest that is written last.
 
     checkpoint-40/
-      policy.safetensors  ema.safetensors  reference.safetensors (DPO)   trained weights, each flat
-      optimizer.safetensors  optimizer.json  scheduler.json              the optimizer step
-      buffer.safetensors  held_out.safetensors                           pairs, counts, the start model's log-probs
-      random-1-of-1.safetensors  random-1-of-1.json                      states of torch, numpy and Python
-      trainer.json                                                       step, log history, metrics not yet logged
-      settings.json                                                      settings, data digest, versions
-      manifest.json                                                      size and sha256 of each file; last, atomically
+      policy.safetensors  ema.safetensors  reference.safetensors  served.safetensors   trained weights, each flat
+      optimizer.safetensors  optimizer.json            the optimizer step and the learning rate schedule
+      buffer.safetensors  sampling.safetensors         pairs with their counts; entries that wait for the next step
+      reference_logps.safetensors  held_out.safetensors    log-probs of the reference, and of the start model
+      random-1-of-1.safetensors  random-1-of-1.json    states of torch, numpy and Python
+      weights.json  metrics.json  trainer.json  trainer_state.json    versions, values not yet logged, log history
+      settings.json                                    settings, data digest, versions
+      manifest.json                                    size and sha256 of each file; last, atomically
 
-Where the policy is sharded, each process writes its parts of the first four to a file of its own, `policy-1-of-8.safetensors`,
-with the place of each part in its metadata. Whoever resumes reads the elements it needs from whichever files have them: another
-number of processes, or another way to shard, needs no conversion.
+`save` and `load` take the parts of a run by name, each with `state_dict` and `load_state_dict`, and know nothing else of them.
+How a value is written follows from what it is:
 
-Only safetensors and JSON: nothing that is read can run code. A directory without a manifest is an interrupted save and is
-passed over; one whose files do not match its manifest is refused.
+    Parts          this process's elements of tensors, to `<key>.safetensors`; where the policy is sharded, each process has a
+                   file of its own, `<key>-1-of-8.safetensors`, with the place of each part in its metadata
+    PerProcess     what each process has for itself, to `<name>-1-of-8.safetensors` and `.json`
+    tensor, array  to `<name>.safetensors`, by the first process
+    anything else  to `<name>.json`, by the first process
+
+Whoever resumes reads the elements it needs from whichever files have them: another number of processes, or another way to
+shard, needs no conversion. Only safetensors and JSON: nothing that is read can run code. A directory without a manifest is an
+interrupted save and is passed over; one whose files do not match its manifest is refused.
 """
 
+import functools
 import hashlib
 import json
 import math
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
@@ -39,9 +49,116 @@ from components.common.training.distributed.processes import barrier, gather, is
 
 MANIFEST = "manifest.json"
 KIND = "sapo-checkpoint"
-SCHEMA = 2
+SCHEMA = 3
 STARTS = "starts"  # in a file's metadata: the first element of each of its parts
 PREFIX = "checkpoint-"
+
+
+State = Mapping[str, Any]
+
+
+class Stateful(Protocol):
+    """A part of a run. What its `state_dict` holds is the same in every process, but for `Parts` and `PerProcess`."""
+
+    def state_dict(self) -> State:
+        """What a resumed run needs of it."""
+        ...
+
+    def load_state_dict(self, state: Any) -> None:
+        """Puts it back; tensors come as arrays, `Parts` as `SavedParts`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """This process's parts of tensors.
+
+    Attributes:
+        tensors: flat, by name.
+        starts: where each begins in the whole flat tensor; None where every process has the whole.
+    """
+
+    tensors: dict[str, Tensor]
+    starts: dict[str, int] | None
+
+
+@dataclass(frozen=True)
+class PerProcess:
+    """What this process has for itself. Another number of processes does not get it back."""
+
+    tensors: dict[str, Tensor]
+    content: Any
+
+
+def save(writer: "CheckpointWriter", run: Mapping[str, Stateful]) -> None:
+    """Writes the parts of a run by name; every process must call this."""
+    for name, part in run.items():
+        _save_state(writer, name, part.state_dict())
+
+
+def _save_state(writer: "CheckpointWriter", name: str, state: State) -> None:
+    tensors: dict[str, Tensor] = {}
+    content: dict[str, Any] = {}
+
+    for key, value in state.items():
+        if isinstance(value, Parts):
+            writer.parts(key, value)
+        elif isinstance(value, PerProcess):
+            writer.own(key, value)
+        elif isinstance(value, Tensor | np.ndarray):
+            tensors[key] = torch.as_tensor(np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value)
+        else:
+            content[key] = value
+
+    if tensors:
+        writer.tensors(name, tensors)
+    if content:
+        writer.json(name, content)
+
+
+def load(reader: "CheckpointReader", run: Mapping[str, Stateful]) -> None:
+    """Puts the parts of a run back.
+
+    Raises:
+        UserError: a file cannot be read, or is of another model.
+    """
+    for name, part in run.items():
+        part.load_state_dict(_Saved(reader, name))
+
+
+class _Saved(Mapping[str, Any]):
+    """What `_save_state` wrote under a name: its own tensors and JSON, and, by their keys, `Parts` and `PerProcess`."""
+
+    def __init__(self, reader: "CheckpointReader", name: str) -> None:
+        self._reader = reader
+        self._name = name
+
+    @functools.cached_property
+    def _content(self) -> dict[str, Any]:
+        return self._reader.json(self._name) if self._reader.has(f"{self._name}.json") else {}
+
+    @functools.cached_property
+    def _arrays(self) -> dict[str, npt.NDArray[Any]]:
+        if not self._reader.has(f"{self._name}.safetensors"):
+            return {}
+
+        return {key: tensor.numpy() for key, tensor in self._reader.tensors(self._name).items()}
+
+    def __getitem__(self, key: str) -> Any:
+        if key in self._content:
+            return self._content[key]
+        if (own := self._reader.own(key)) is not None:
+            return own
+        if len(parts := self._reader.parts(key)):
+            return parts
+        return self._arrays[key]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._content
+        yield from self._arrays
+
+    def __len__(self) -> int:
+        return len(self._content) + len(self._arrays)
 
 
 class CheckpointWriter:
@@ -65,22 +182,17 @@ class CheckpointWriter:
         if is_main_process():
             self._save(name, tensors)
 
-    def parts(self, name: str, parts: dict[str, Tensor], starts: dict[str, int] | None) -> None:
-        """Writes this process's parts of tensors.
-
-        Args:
-            parts: flat.
-            starts: where each part begins in the whole flat tensor; None where all processes have the whole.
-        """
-        if starts is None:
-            self.tensors(name, parts)
+    def parts(self, name: str, parts: Parts) -> None:
+        """Writes this process's parts of tensors."""
+        if parts.starts is None:
+            self.tensors(name, parts.tensors)
         else:
-            self._save(f"{name}-{of_processes()}", parts, {STARTS: json.dumps(starts)})
+            self._save(f"{name}-{of_processes()}", parts.tensors, {STARTS: json.dumps(parts.starts)})
 
-    def own(self, name: str, tensors: dict[str, Tensor], content: Any) -> None:
+    def own(self, name: str, mine: PerProcess) -> None:
         """Writes what each process has for itself."""
-        self._save(f"{name}-{of_processes()}", tensors)
-        self._write(f"{name}-{of_processes()}", content)
+        self._save(f"{name}-{of_processes()}", mine.tensors)
+        self._write(f"{name}-{of_processes()}", mine.content)
 
     def json(self, name: str, content: Any) -> None:
         """Writes `<name>.json`, in the first process only."""
@@ -132,19 +244,26 @@ class CheckpointReader:
         self.directory = directory
         self.step = _verified(directory)["step"]
 
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+        return (self.directory / name).is_file()
+
     def tensors(self, name: str) -> dict[str, Tensor]:
+        """A file of tensors."""
         try:
             return load_file(self.directory / f"{name}.safetensors")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self.directory}: {name}.safetensors cannot be read: {error}") from error
 
     def json(self, name: str) -> Any:
+        """A file of JSON."""
         return json.loads((self.directory / f"{name}.json").read_text(encoding="utf-8"))
 
-    def own(self, name: str) -> tuple[dict[str, Tensor], Any] | None:
+    def own(self, name: str) -> PerProcess | None:
         """What this process wrote for itself; None if as many processes did not write this checkpoint."""
         mine = f"{name}-{of_processes()}"
-        return (self.tensors(mine), self.json(mine)) if (self.directory / f"{mine}.json").exists() else None
+
+        return PerProcess(self.tensors(mine), self.json(mine)) if self.has(f"{mine}.json") else None
 
     def parts(self, name: str) -> "SavedParts":
         """The tensors that `CheckpointWriter.parts` wrote under a name."""
@@ -169,6 +288,9 @@ class SavedParts:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
     def size(self, key: str) -> int:
         """Elements of the whole tensor."""
@@ -267,23 +389,35 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """States of every global random generator of the process, as tensors and JSON."""
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    version, internal, next_gauss = random.getstate()
-    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64))}
-    tensors |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    plain = {"numpy": [name, position, has_gauss, gauss], "python": [version, list(internal), next_gauss]}
-    return tensors, plain
+class RandomStates:
+    """States of every global random generator of this process.
 
+    What is random in self-play comes from seeds and steps; these are for what else a model may draw.
+    """
 
-def restore_random_states(tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-    """The inverse of `random_states`."""
-    name, position, has_gauss, gauss = plain["numpy"]
-    np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, gauss))
-    version, internal, next_gauss = plain["python"]
-    random.setstate((version, tuple(internal), next_gauss))
-    torch.set_rng_state(tensors["torch"])
-    cuda = [tensors[f"cuda.{i}"] for i in range(torch.cuda.device_count()) if f"cuda.{i}" in tensors]
-    if cuda:
-        torch.cuda.set_rng_state_all(cuda)
+    def state_dict(self) -> State:
+        """torch's, numpy's and Python's."""
+        name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+        version, internal, next_gauss = random.getstate()
+
+        tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64))}
+        tensors |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+        content = {"numpy": [name, position, has_gauss, gauss], "python": [version, list(internal), next_gauss]}
+        return {"random": PerProcess(tensors, content)}
+
+    def load_state_dict(self, state: State) -> None:
+        """Restores them; where another number of processes saved, nothing."""
+        try:
+            saved: PerProcess = state["random"]
+        except KeyError:
+            return
+
+        name, position, has_gauss, gauss = saved.content["numpy"]
+        np.random.set_state((name, saved.tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, gauss))
+        version, internal, next_gauss = saved.content["python"]
+        random.setstate((version, tuple(internal), next_gauss))
+
+        torch.set_rng_state(saved.tensors["torch"])
+        cuda = [saved.tensors[f"cuda.{i}"] for i in range(torch.cuda.device_count()) if f"cuda.{i}" in saved.tensors]
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)

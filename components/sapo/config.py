@@ -23,12 +23,16 @@ class SAPOConfig(TrainingArguments):
 
     # The loss
     loss_type: LossType = setting("dpo", "Preference loss on the pairs.", "dpo and orpo: Eq. 1 and Eq. 3")
-    beta: float = setting(0.1, "DPO, IPO: strength of the pull towards the reference.", "0.1")
+    beta: float = setting(
+        0.1, "DPO, IPO, cDPO, RPO: strength of the pull towards the reference. SimPO: scale of the rewards.", "0.1"
+    )
     orpo_lambda: float = setting(0.05, "ORPO: weight of the odds-ratio term.", "0.05")
-
+    label_smoothing: float = setting(0.1, "cDPO: share of the pairs whose order is taken to be wrong.")
+    nll_weight: float = setting(1.0, "RPO: weight of the chosen response's NLL per token.")
+    simpo_gamma: float = setting(0.5, "SimPO: margin that the rewards of a pair are to have.")
     nll_scope: Literal["response", "sequence"] = setting(
         "response",
-        "ORPO: tokens of L_SFT, of the chosen response or of prompt and response.",
+        "ORPO, RPO: tokens of L_SFT, of the chosen response or of prompt and response.",
         "not given; all in the code",
     )
 
@@ -77,13 +81,13 @@ class SAPOConfig(TrainingArguments):
     ema_interval: int = setting(2, "Optimizer steps between EMA updates.", "2; 1 in the authors' code")
     reference: Literal["ema", "policy", "fixed", "base"] = setting(
         "ema",
-        "DPO, IPO: what the reference is refreshed from; `fixed` keeps the start model, `base` (LoRA) is the model without "
+        "Losses with a reference: what it is refreshed from; `fixed` keeps the start model, `base` (LoRA) is the model without "
         "its adapter.",
         "ema; ablated in Table 4",
     )
     reference_interval: int | Literal["epoch"] = setting(
         "epoch",
-        "DPO, IPO: optimizer steps between refreshes of the reference.",
+        "Losses with a reference: optimizer steps between its refreshes.",
         "periodically; 108 steps (an epoch) in the code",
     )
 
@@ -145,13 +149,16 @@ class SAPOConfig(TrainingArguments):
             self._require(name, getattr(self, name) >= 1, "must be 1 or more")
         for name in ("beta", "orpo_lambda", "learning_rate", "num_train_epochs"):
             self._require(name, getattr(self, name) > 0, "must be above 0")
-        for name in ("temperature", "top_k", "pairs_per_log"):
+        for name in ("temperature", "top_k", "pairs_per_log", "nll_weight", "simpo_gamma"):
             self._require(name, getattr(self, name) >= 0, "must be 0 or more")
         self._require("max_length", self.max_length >= 2, "must be 2 or more (a prompt and a response)")
         self._require("ema_decay", 0 <= self.ema_decay <= 1, "must be within [0, 1]")
+        self._require("label_smoothing", 0 <= self.label_smoothing < 0.5, "must be within [0, 0.5)")
         self._require("top_p", 0 < self.top_p <= 1, "must be within (0, 1]")
         scope_fits = LOSSES[self.loss_type].nll or self.nll_scope == "response"
-        self._require("nll_scope", scope_fits, f"`sequence` is for loss_type = orpo; {self.loss_type} has no L_SFT")
+        with_nll = " or ".join(name for name, loss in LOSSES.items() if loss.nll)
+        no_nll = f"`sequence` is for loss_type = {with_nll}; {self.loss_type} has no L_SFT"
+        self._require("nll_scope", scope_fits, no_nll)
         interval = self.reference_interval
         self._require("reference_interval", interval == "epoch" or int(interval) >= 1, "must be 1 or more, or `epoch`")
         strategy = str(getattr(self.save_strategy, "value", self.save_strategy))

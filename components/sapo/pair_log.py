@@ -6,9 +6,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from components.common.models.chat_templates import EncodedRow
-from components.sapo.replay_buffer import Entry
-from components.sapo.segments import Rejected
+from components.sapo.pairs import Pair
 
 
 class PairLog:
@@ -23,39 +21,30 @@ class PairLog:
         self.path = path
         self.tokenizer = tokenizer
 
-    def write(
-        self,
-        step: int,
-        row: EncodedRow,
-        entry: Entry,
-        rejected: Rejected,
-        logp_b: Tensor,
-        logp_b_prime: Tensor,
-        versions_behind: int,
-    ) -> None:
+    def write(self, step: int, pair: Pair, logp_b: Tensor, logp_b_prime: Tensor, versions_behind: int) -> None:
         """Writes one pair as it is trained on.
 
         Args:
             logp_b, logp_b_prime: the policy's sums over B and B', in nats.
             versions_behind: EMA updates since the weights that wrote B'.
         """
-        start, end = entry.segment.start, entry.segment.end
         line = {
             "step": step,
-            "row_id": row["id"],
+            "row_id": pair.row_id,
             "split": "train",
-            "prompt": self._text(row["prompt_ids"]),
-            "a": self._text(row["chosen_ids"][:start]),
-            "b": self._text(row["chosen_ids"][start:end]),
-            "b_prime": self._text(rejected.ids[rejected.start : rejected.end]),
-            "c": self._text(row["chosen_ids"][end:]),
-            "c_kept": rejected.c_kept,
-            "ema_version": entry.version,
+            "prompt": self._text(pair.prompt),
+            "a": self._text(pair.chosen[: pair.b.start]),
+            "b": self._text(pair.chosen[pair.b.start : pair.b.end]),
+            "b_prime": self._text(pair.rejected[pair.b_prime.start : pair.b_prime.end]),
+            "c": self._text(pair.chosen[pair.b.end :]),
+            "c_kept": pair.c_kept,
+            "ema_version": pair.version,
             "versions_behind": versions_behind,
-            "generated_at_step": entry.step,
+            "generated_at_step": pair.step,
             "logp_b": round(float(logp_b), 4),
             "logp_b_prime": round(float(logp_b_prime), 4),
         }
+
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(line, ensure_ascii=False) + "\n")

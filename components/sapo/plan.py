@@ -57,8 +57,10 @@ def describe(
     steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_per_epoch * args.num_train_epochs)
     prompt = sum(len(row["prompt_ids"]) for row in rows) / len(rows)
     response = sum(len(row["chosen_ids"]) for row in rows) / len(rows)
+    loss = ", ".join(f"{name} {getattr(args, name):g}" for name in LOSSES[args.loss_type].settings)
     generated = per_step * args.responses_per_prompt * args.max_new_tokens
     return [
+        f"loss: {args.loss_type}, {loss}",
         f"rows: {len(rows):,} ({dropped:,} dropped: prompt too long), mean {prompt:.0f} + {response:.0f} tokens",
         f"steps: {steps:,} ({steps_per_epoch:,} an epoch), {per_step} rows in and {per_step} pairs out of each",
         f"tokens of a step: at most {generated:,} generated, about {2 * per_step * (prompt + response):,.0f} trained on",

@@ -9,21 +9,18 @@ from collections.abc import Callable
 from typing import Protocol
 
 from components.common.generation.worker import Worker
+from components.common.training.clock import Clock
 from components.sapo.replay_buffer import Entry
 
 
 class Schedule(Protocol):
-    """Gives each step its fresh entries.
+    """Gives each step its fresh entries. The clock gets the sampler's work as `generate`, the learner's waiting as `wait`.
 
     Attributes:
         ahead: entries that are ready for the next step; between steps the only state.
-        sampled: seconds that the sampler has worked.
-        waited: seconds that the learner has waited for it.
     """
 
     ahead: list[Entry] | None
-    sampled: float
-    waited: float
 
     def entries(self, step: int) -> list[Entry]:
         """The fresh entries of a step."""
@@ -39,18 +36,22 @@ class Sync:
 
     Args:
         generate: (step whose rows are taken, optimizer steps done) -> their entries.
+        clock: of the run.
     """
 
-    def __init__(self, generate: Callable[[int, int], list[Entry]]) -> None:
+    def __init__(self, generate: Callable[[int, int], list[Entry]], clock: Clock) -> None:
         self.generate = generate
+        self.clock = clock
         self.ahead: list[Entry] | None = None
-        self.sampled = self.waited = 0.0
 
     def entries(self, step: int) -> list[Entry]:
         start = time.perf_counter()
         entries = self.generate(step, step)
         seconds = time.perf_counter() - start
-        self.sampled, self.waited = self.sampled + seconds, self.waited + seconds
+
+        # The learner waits for as long as the sampler works.
+        self.clock.add_seconds("generate", seconds)
+        self.clock.add_seconds("wait", seconds)
         return entries
 
     def settle(self) -> None:
@@ -62,16 +63,19 @@ class Overlap:
 
     Args:
         generate: as in `Sync`; runs in the thread.
+        clock: of the run.
         last_step: no rows are sampled for steps after it.
         timeout: seconds that sampling for one step may take.
     """
 
-    def __init__(self, generate: Callable[[int, int], list[Entry]], last_step: int, timeout: float) -> None:
+    def __init__(
+        self, generate: Callable[[int, int], list[Entry]], clock: Clock, last_step: int, timeout: float
+    ) -> None:
         self.generate = generate
+        self.clock = clock
         self.last_step = last_step
         self.worker = Worker("self-play", timeout)
         self.ahead: list[Entry] | None = None
-        self.sampled = self.waited = 0.0
         self._running: Callable[[], tuple[list[Entry], float]] | None = None
 
     def entries(self, step: int) -> list[Entry]:
@@ -80,6 +84,7 @@ class Overlap:
             self._begin(step, step)
             self.settle()
         entries, self.ahead = self.ahead or [], None
+
         if step < self.last_step:
             self._begin(step + 1, step)
         return entries
@@ -95,8 +100,10 @@ class Overlap:
     def settle(self) -> None:
         if self._running is None:
             return
+
         start = time.perf_counter()
         wait, self._running = self._running, None
         self.ahead, seconds = wait()
-        self.sampled += seconds
-        self.waited += time.perf_counter() - start
+
+        self.clock.add_seconds("generate", seconds)
+        self.clock.add_seconds("wait", time.perf_counter() - start)

@@ -25,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from components.common.core.errors import UserError
+from components.sapo.checkpoint import Parts, SavedParts
 
 
 def layout_of(policy: nn.Module, optimizer: Any) -> Replicated:
@@ -331,6 +332,97 @@ class FSDP2(Replicated):
 def _lies_within(part: Tensor, whole: Tensor) -> bool:
     start, size = whole.data_ptr(), whole.numel() * whole.element_size()
     return start <= part.data_ptr() < start + size
+
+
+def saved_parts(layout: Replicated, parts: Sequence[Tensor]) -> Parts:
+    """Parts by name, without padding, and where they begin."""
+    spans = [layout.span(index) for index in range(len(parts))]
+    named = {name: part[:length] for name, part, (_, length) in zip(layout.names, parts, spans, strict=True)}
+    starts = {name: start for name, (start, _) in zip(layout.names, spans, strict=True)}
+
+    return Parts(named, starts if layout.sharded else None)
+
+
+def read_parts(saved: SavedParts, layout: Replicated, like: Sequence[Tensor]) -> list[Tensor]:
+    """This process's parts of saved weights, whichever processes wrote them.
+
+    Raises:
+        UserError: they are of another model.
+    """
+    if extra := set(saved) - set(layout.names):
+        raise UserError(f"the checkpoint is of another model: it has {sorted(extra)[0]}")
+
+    parts = []
+    for index, (name, mine) in enumerate(zip(layout.names, like, strict=True)):
+        start, length = layout.span(index)
+        part = torch.zeros_like(mine)
+        part[:length] = saved.read(name, start, length)
+        parts.append(part)
+    return parts
+
+
+class OptimizerState:
+    """The optimizer and the learning rate schedule, as a part of a checkpoint.
+
+    Args:
+        layout: where the trained parameters lie, and their optimizer.
+        scheduler: torch's, or what accelerate has wrapped around it.
+    """
+
+    def __init__(self, layout: Replicated, scheduler: Any) -> None:
+        self.layout = layout
+        self.scheduler = scheduler
+
+    def state_dict(self) -> dict[str, Any]:
+        """This process's parts of the optimizer's tensors, and what is no tensor."""
+        layout = self.layout
+        spans = {name: layout.span(index) for index, name in enumerate(layout.names)}
+        tensors: dict[str, Tensor] = {}
+        starts: dict[str, int] = {}
+        plain: dict[str, Any] = {}
+
+        for key, value in layout.optimizer_state().items():
+            if isinstance(value, Tensor):
+                start, length = spans[_parameter(key)]
+                tensors[key] = value[:length] if layout.sharded else value
+                starts[key] = start
+            else:
+                plain[key] = value
+
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in layout.optimizer.param_groups]
+        return {
+            "optimizer": Parts(tensors, starts if layout.sharded else None),
+            "plain": plain,
+            "param_groups": groups,
+            "scheduler": self.scheduler.state_dict(),
+        }
+
+    def load_state_dict(self, state: Any) -> None:
+        """Restores `state_dict`, whichever processes it is of."""
+        layout = self.layout
+        saved: SavedParts = state["optimizer"]
+        parts = dict(zip(layout.names, layout.parts(), strict=True))
+        spans = {name: layout.span(index) for index, name in enumerate(layout.names)}
+        mine: dict[str, Any] = dict(state["plain"])
+
+        for key in saved:
+            name = _parameter(key)
+            start, length = spans[name]
+            if saved.size(key) == layout.size(name):
+                part = saved.read(key, start, length)
+                mine[key] = torch.nn.functional.pad(part, (0, len(parts[name]) - length))
+            else:
+                mine[key] = saved.read_whole(key)
+
+        layout.load_optimizer_state(mine)
+        for group, values in zip(layout.optimizer.param_groups, state["param_groups"], strict=True):
+            group.update(values)
+        self.scheduler.load_state_dict(state["scheduler"])
+
+
+def _parameter(key: str) -> str:
+    """The parameter of an entry "<parameter>/<key>" of the optimizer's state."""
+    return key.rsplit("/", 1)[0]
 
 
 @torch.no_grad()

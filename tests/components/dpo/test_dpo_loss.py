@@ -1,11 +1,13 @@
 """The loss that the stage trains with equals ours, DPO's and IPO's, on log-probs from a plain forward pass."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from components.common.models.loading import load_model, load_tokenizer
 from components.common.training.preference import DPOSettings, preference_trainer
-from components.sapo.losses import LOSSES
+from components.sapo.losses import LOSSES, PairLogps
 
 PAIRS = [
     {"prompt_ids": [5, 6, 7, 8, 9], "chosen_ids": [30, 31, 32, 33], "rejected_ids": [40, 41, 42, 43, 44, 45]},
@@ -33,10 +35,9 @@ def test_equals_our_loss(micro_model, tmp_path, loss_type, theirs):
         for model in (policy, reference)
         for name in ("chosen", "rejected")
     }
-    if LOSSES[loss_type].per_token:
-        logps = {(m, n): v / torch.tensor([len(p[f"{n}_ids"]) for p in PAIRS]) for (m, n), v in logps.items()}
-    order = [(m, n) for m in (policy, reference) for n in ("chosen", "rejected")]
-    expected = LOSSES[loss_type].function(*(logps[key] for key in order), 0.3)
+    tokens = [torch.tensor([len(pair[f"{name}_ids"]) for pair in PAIRS]) for name in ("chosen", "rejected")]
+    of_policy, of_reference = ([logps[model, name] for name in ("chosen", "rejected")] for model in (policy, reference))
+    expected = LOSSES[loss_type].function(PairLogps(*of_policy, *tokens, *of_reference), SimpleNamespace(beta=0.3))
 
     settings = {"loss_type": [theirs], "bf16": False, "use_cpu": True, "report_to": "none"}
     args = DPOSettings(output_dir=str(tmp_path), beta=0.3, **settings)

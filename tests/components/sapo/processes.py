@@ -67,10 +67,10 @@ def run(model: str, data: str, output: Path, scenario: str) -> None:
 
 def write(trainer: SAPOTrainer, place: Path) -> None:
     """The weights as `<place>.safetensors`, log and buffer as `<place>.json`."""
-    layout = trainer.layout
-    groups = {"policy": layout.parts(), "ema": trainer.ema.average}
+    layout = trainer.weights.layout
+    groups = {"policy": layout.parts(), "ema": trainer.weights.ema.average}
     if trainer.preference.reference:
-        groups["reference"] = trainer.reference_weights
+        groups["reference"] = trainer.weights.reference_parts
     tensors = {f"{group}/{k}": v.clone() for group, parts in groups.items() for k, v in layout.weights(parts)}
     buffer = {name: array.tolist() for name, array in trainer.buffer.state_dict().items()}
     assert len({json.dumps(one) for one in gather([buffer])}) == 1  # every process has the same buffer

@@ -53,22 +53,22 @@ def test_the_adapter_is_trained_and_averaged_and_the_base_stays(trainer, loss, b
     """EMA after updates at steps 2, 4, 6 with alpha 0.5, by hand from the adapter's weights."""
     run = trainer(loss_type=loss, bf16=bf16, gradient_checkpointing=bf16)
     assert len(quantised(run.policy)) == 2 * 7
-    before, seen = stored(run.policy), [clones(run.layout.parts())]
+    before, seen = stored(run.policy), [clones(run.weights.layout.parts())]
     after_step = run.after_step
 
     def remember() -> None:
-        seen.append(clones(run.layout.parts()))
+        seen.append(clones(run.weights.layout.parts()))
         after_step()
 
     run.after_step = remember
     run.train()
     after = stored(run.policy)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    for i, name in enumerate(run.layout.names):
+    for i, name in enumerate(run.weights.layout.names):
         expected = seen[0][i]
         for step in (2, 4, 6):
             expected = 0.5 * expected + 0.5 * seen[step][i]
-        torch.testing.assert_close(run.ema.average[i], expected, atol=1e-7, rtol=1e-6, msg=name)
+        torch.testing.assert_close(run.weights.ema.average[i], expected, atol=1e-7, rtol=1e-6, msg=name)
         assert not torch.equal(seen[0][i], seen[-1][i]), name  # every layer got a gradient
 
 
@@ -77,11 +77,11 @@ def test_packed_pairs_are_the_padded_ones_and_generating_changes_nothing(trainer
     run = trainer()
     run.train()
     with torch.no_grad():
-        for part in run.layout.parts():
+        for part in run.weights.layout.parts():
             part.normal_(std=0.1)
     padded = scored(run, share=False)
     packed = scored(run, share=True)
-    run._generate(0, 0)
+    run.sampling.generate(0, 0)
     again = scored(run, share=True)
     for name in padded:
         torch.testing.assert_close(packed[name], padded[name], atol=2e-6, rtol=1e-5, msg=name)
@@ -105,7 +105,10 @@ def test_resumed_equals_uninterrupted(trainer, tmp_path):
     trainer(tmp_path / "cut", **saving).train()
     resumed = trainer(tmp_path / "cut", **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
-    for mine, theirs in ((resumed.layout.parts(), whole.layout.parts()), (resumed.ema.average, whole.ema.average)):
+    for mine, theirs in (
+        (resumed.weights.layout.parts(), whole.weights.layout.parts()),
+        (resumed.weights.ema.average, whole.weights.ema.average),
+    ):
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
@@ -131,7 +134,7 @@ def test_an_adapter_alone_is_written_and_taken_up(trainer, micro_model, tmp_path
     run.save_trained(tmp_path / "adapter")
     assert {p.name for p in (tmp_path / "adapter").glob("*.safetensors")} == {"adapter_model.safetensors"}
     again = trainer(lora_adapter=str(tmp_path / "adapter"))
-    assert all(torch.equal(a, b) for a, b in zip(run.layout.parts(), again.layout.parts(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(run.weights.layout.parts(), again.weights.layout.parts(), strict=True))
     torch.testing.assert_close(scored(again, share=True)["logps"], scored(run, share=True)["logps"])
 
 

@@ -2,16 +2,15 @@
 
 import os
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 
 from components.common.models.loading import load_model, load_tokenizer
 from components.sapo.config import SAPOConfig
-from components.sapo.replay_buffer import Entry
-from components.sapo.segments import Rejected, Segment
-from components.sapo.trainer import SAPOTrainer, _Pair
+from components.sapo.pairs import MicroBatch, Pair
+from components.sapo.segments import Segment
+from components.sapo.trainer import SAPOTrainer
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
@@ -36,23 +35,40 @@ def our_loss(policy, reference, tmp_path, micro_model, **settings):
     args = SAPOConfig(output_dir=str(tmp_path), save_strategy="no", report_to="none", use_cpu=True, **settings)
     row = {"id": "0", "prompt_ids": PROMPT, "chosen_ids": CHOSEN}
     trainer = SAPOTrainer(policy, args, [row], processing_class=tokenizer)
-    if trainer.reference is not None:
-        trainer.reference.load_state_dict(reference.state_dict())
-    entry = Entry(0, Segment(1, 4), np.array(REJECTED[1:], dtype=np.int32), step=0, version=0)
-    pairs = [_Pair(row, entry, Rejected(REJECTED, 1, 6, c_kept=False), 0)]  # type: ignore[arg-type]
-    batch = trainer._collate_pairs(pairs)
-    assert batch.spans is not None  # the packed form
+    if trainer.weights.reference is not None:
+        trainer.weights.reference.load_state_dict(reference.state_dict())
+    pair = Pair(PROMPT, CHOSEN, REJECTED, "0", 0, Segment(1, 4), Segment(1, 6), c_kept=False, step=0, version=0)
+    micro_batch = MicroBatch([pair], trainer.scorer.collate([pair]), [[0]])
+    assert micro_batch.batch.spans is not None  # the packed form
     policy.zero_grad()
-    loss, _ = trainer._pair_loss(policy, batch, pairs, [[0]])
-    return loss.losses.mean()
+    return trainer.compute_loss(policy, {"micro_batch": micro_batch})
 
 
 def gradients(model) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize(("loss_type", "theirs_type", "beta"), [("dpo", "sigmoid", 0.3), ("ipo", "ipo", 0.7)])
-def test_dpo_and_ipo(models, tmp_path, micro_model, loss_type, theirs_type, beta):
+EPS, ALPHA = 0.2, 0.7  # cDPO is 2 (1 - eps) sigmoid - (1 - 2 eps) robust
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "ours", "theirs"),
+    [
+        ("dpo", {"beta": 0.3}, {"loss_type": ["sigmoid"]}),
+        ("ipo", {"beta": 0.7}, {"loss_type": ["ipo"]}),
+        ("rpo", {"beta": 0.3, "nll_weight": ALPHA}, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, ALPHA]}),
+        (
+            "cdpo",
+            {"beta": 0.3, "label_smoothing": EPS},
+            {
+                "loss_type": ["sigmoid", "robust"],
+                "loss_weights": [2 * (1 - EPS), -(1 - 2 * EPS)],
+                "label_smoothing": EPS,
+            },
+        ),
+    ],
+)
+def test_losses_with_a_reference(models, tmp_path, micro_model, loss_type, ours, theirs):
     from trl import DPOConfig, DPOTrainer
 
     class Pretokenised(DPOTrainer):
@@ -60,22 +76,22 @@ def test_dpo_and_ipo(models, tmp_path, micro_model, loss_type, theirs_type, beta
             return dataset
 
     policy, reference = models
-    loss = our_loss(policy, reference, tmp_path, micro_model, loss_type=loss_type, beta=beta)
+    loss = our_loss(policy, reference, tmp_path, micro_model, loss_type=loss_type, **ours)
     loss.backward()
-    ours = gradients(policy)
+    our_gradients = gradients(policy)
 
     rows = Dataset.from_list([{"prompt_ids": PROMPT, "chosen_ids": CHOSEN, "rejected_ids": REJECTED}])
-    settings = {"loss_type": [theirs_type], "beta": beta, "max_length": None, "per_device_train_batch_size": 1}
+    settings = theirs | {"beta": ours["beta"], "max_length": None, "per_device_train_batch_size": 1}
     args = DPOConfig(output_dir=str(tmp_path), **settings, **COMMON)
     trainer = Pretokenised(
         policy, reference, args, train_dataset=rows, processing_class=load_tokenizer(str(micro_model))
     )
     batch = next(iter(trainer.get_train_dataloader()))
     policy.zero_grad()
-    theirs = trainer.compute_loss(trainer.model, batch)
-    theirs.backward()
-    assert loss.item() == pytest.approx(theirs.item(), abs=1e-5)
-    torch.testing.assert_close(ours, gradients(policy), atol=1e-5, rtol=1e-4)
+    their_loss = trainer.compute_loss(trainer.model, batch)
+    their_loss.backward()
+    assert loss.item() == pytest.approx(their_loss.item(), abs=1e-5)
+    torch.testing.assert_close(our_gradients, gradients(policy), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("weight", [0.05, 1.0])
@@ -93,6 +109,26 @@ def test_orpo(models, tmp_path, micro_model, weight):
     rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
     args = ORPOConfig(output_dir=str(tmp_path), beta=weight, max_length=64, **COMMON)
     trainer = ORPOTrainer(policy, args, train_dataset=rows, processing_class=tokenizer)
+    policy.zero_grad()
+    theirs, _ = trainer.get_batch_loss_metrics(policy, _trl_orpo_batch(tokenizer.pad_token_id), train_eval="eval")
+    theirs.backward()
+    assert loss.item() == pytest.approx(theirs.item(), abs=1e-5)
+    torch.testing.assert_close(ours, gradients(policy), atol=1e-5, rtol=1e-4)
+
+
+def test_simpo(models, tmp_path, micro_model):
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    policy, reference = models
+    settings = {"beta": 2.0, "simpo_gamma": 0.7}
+    loss = our_loss(policy, reference, tmp_path, micro_model, loss_type="simpo", **settings)
+    loss.backward()
+    ours = gradients(policy)
+
+    tokenizer = load_tokenizer(str(micro_model))
+    rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    args = CPOConfig(output_dir=str(tmp_path), loss_type="simpo", cpo_alpha=0.0, max_length=64, **settings, **COMMON)
+    trainer = CPOTrainer(policy, args, train_dataset=rows, processing_class=tokenizer)
     policy.zero_grad()
     theirs, _ = trainer.get_batch_loss_metrics(policy, _trl_orpo_batch(tokenizer.pad_token_id), train_eval="eval")
     theirs.backward()

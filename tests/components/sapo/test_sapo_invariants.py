@@ -5,8 +5,7 @@ import pytest
 from small_run import SMALL
 
 from components.common.core.conversations import read_rows
-from components.common.kernels.pair_packing import PairIds
-from components.sapo import self_play
+from components.sapo import sampling
 from components.sapo.config import SAPOConfig
 from components.sapo.trainer import SAPOTrainer
 
@@ -17,7 +16,7 @@ class Watched(SAPOTrainer):
     """Keeps every batch that was trained on."""
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        self.__dict__.setdefault("batches", []).append(dict(inputs))
+        self.__dict__.setdefault("batches", []).append(inputs["micro_batch"])
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
@@ -41,7 +40,7 @@ def run(tmp_path, micro_model, chat_data):
         args = SAPOConfig(output_dir=str(tmp_path), **(SETTINGS | settings))
         trainer = Watched(str(micro_model), args, read_rows(chat_data, "train"))
         if sampler:
-            trainer.sampler = sampler(trainer.processing_class.eos_token_id)
+            trainer.sampling.sampler = sampler(trainer.processing_class.eos_token_id)
         trainer.train()
         return trainer
 
@@ -49,22 +48,19 @@ def run(tmp_path, micro_model, chat_data):
 
 
 def assert_pairs_hold(trainer: Watched) -> None:
-    for batch in trainer.batches:
-        pairs, inputs = batch["pairs"], batch["batch"]
+    for micro_batch in trainer.batches:
+        pairs, inputs = micro_batch.pairs, micro_batch.batch
         for i, pair in enumerate(pairs):
-            row, segment, rejected = pair.row, pair.entry.segment, pair.rejected
-            chosen = row["chosen_ids"]
-            ids = PairIds(row["prompt_ids"], chosen, rejected.ids)
-            assert rejected.ids[: segment.start] == chosen[: segment.start]  # A is shared
-            if rejected.c_kept:
-                kept = rejected.ids[rejected.end :]
-                assert kept == chosen[segment.end :][: len(kept)]
+            assert pair.rejected[: pair.b.start] == pair.chosen[: pair.b.start]  # A is shared
+            if pair.c_kept:
+                kept = pair.rejected[pair.b_prime.end :]
+                assert kept == pair.chosen[pair.b.end :][: len(kept)]
             else:
-                assert rejected.ids[rejected.end :] == []
-            assert len(row["prompt_ids"]) + len(rejected.ids) <= trainer.args.max_length
-            for half, response in ((i, chosen), (len(pairs) + i, rejected.ids)):
+                assert pair.rejected[pair.b_prime.end :] == []
+            assert len(pair.prompt) + len(pair.rejected) <= trainer.args.max_length
+            for half, response in ((i, pair.chosen), (len(pairs) + i, pair.rejected)):
                 assert inputs.response_mask[half].sum() == len(response)  # only response tokens are scored
-                scored = response[ids.shared() if trainer.args.loss_type == "dpo" else 0 :]
+                scored = response[pair.shared() if trainer.args.loss_type == "dpo" else 0 :]
                 assert inputs.targets[inputs.sources[inputs.rows == half]].tolist() == scored
 
 
@@ -95,12 +91,15 @@ def test_variant(run, variant, sampler):
 
 @pytest.mark.parametrize(("on_eos", "kept"), [("truncate", False), ("keep_tail", True)])
 def test_c_is_dropped_or_kept_after_an_end_of_turn(run, on_eos, kept):
-    trainer = run(LoudSampler, on_eos=on_eos, segment_length=3)
+    trainer = run(LoudSampler, on_eos=on_eos, segment_length=3, replay_buffer_size=100)
     end = trainer.processing_class.eos_token_id
-    pairs = [pair for batch in trainer.batches for pair in batch["pairs"]]
-    ended = [p for p in pairs if end in p.entry.replacement and p.entry.segment.end < len(p.row["chosen_ids"])]
+    pairs = [pair for micro_batch in trainer.batches for pair in micro_batch.pairs]
+    ids = {
+        entry_id for entry_id, entry in enumerate(trainer.buffer._entries) if end in entry.replacement
+    }  # none evicted
+    ended = [pair for pair in pairs if pair.entry_id in ids and pair.b.end < len(pair.chosen)]
     assert ended
-    assert {p.rejected.c_kept for p in ended} == {kept}
+    assert {pair.c_kept for pair in ended} == {kept}
 
 
 @pytest.mark.slow
@@ -111,12 +110,12 @@ def test_buffer_in_the_trainer_matches_an_independent_simulation(run):
     plain: list[list[int]] = []  # [id, count, step]
     ages = []
     for step in range(steps):
-        added = len(trainer.row_order.at(step))
+        added = len(trainer.sampling.order.at(step))
         first = plain[-1][0] + 1 if plain else 0
         plain = [*plain, *([first + i, 0, step] for i in range(added))][-capacity:]
         by_slot = sorted(plain, key=lambda entry: entry[0] % capacity)
         edges = np.cumsum([1 / (count + 1) for _, count, _ in by_slot])
-        numbers = self_play.generator(trainer.args.seed, self_play.DRAWS, step).random(4) * edges[-1]
+        numbers = sampling.generator(trainer.args.seed, sampling.DRAWS, step).random(4) * edges[-1]
         drawn = [by_slot[int(np.searchsorted(edges, number, side="right"))] for number in numbers]
         ages.append(float(np.mean([step - entry[2] for entry in drawn])))
         for entry in drawn:

@@ -42,29 +42,33 @@ def test_the_ema_follows_the_adapter_and_the_base_stays(trainer):
     after_step = run.after_step
 
     def remember() -> None:
-        seen.append(clones(run.layout.parts()))
+        seen.append(clones(run.weights.layout.parts()))
         after_step()
 
     run.after_step = remember
     run.train()
-    assert all(".lora_" in name for name in run.layout.names)
-    start = [torch.zeros_like(p) if ".lora_B" in n else None for n, p in zip(run.layout.names, seen[0], strict=True)]
-    for i, name in enumerate(run.layout.names):
+    assert all(".lora_" in name for name in run.weights.layout.names)
+    start = [
+        torch.zeros_like(p) if ".lora_B" in n else None for n, p in zip(run.weights.layout.names, seen[0], strict=True)
+    ]
+    for i, name in enumerate(run.weights.layout.names):
         if start[i] is None:
             continue  # A starts at random; B at zero
         expected = start[i]
         for step in (2, 4, 6):
             expected = 0.5 * expected + 0.5 * seen[step - 1][i]
-        torch.testing.assert_close(run.ema.average[i], expected, atol=1e-7, rtol=1e-6, msg=name)
-    assert any(part.abs().max() > 0.01 for part in run.ema.average)
+        torch.testing.assert_close(run.weights.ema.average[i], expected, atol=1e-7, rtol=1e-6, msg=name)
+    assert any(part.abs().max() > 0.01 for part in run.weights.ema.average)
     after = base_weights(run)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_new_adapter_follows_from_the_seed(trainer):
     one, same, other = trainer(), trainer(), trainer(seed=1)
-    assert all(torch.equal(a, b) for a, b in zip(one.layout.parts(), same.layout.parts(), strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(one.layout.parts(), other.layout.parts(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(one.weights.layout.parts(), same.weights.layout.parts(), strict=True))
+    assert not all(
+        torch.equal(a, b) for a, b in zip(one.weights.layout.parts(), other.weights.layout.parts(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("reference", ["ema", "policy", "fixed", "base"])
@@ -73,11 +77,11 @@ def test_the_reference_is_what_was_set(trainer, micro_model, reference):
     run = trainer(reference=reference)
     run.train()
     batch = collate([PairIds([5, 6, 7], [8, 9, 10], [8, 11])], pad_id=0, share=True)
-    with run._reference_model() as (_, model), torch.no_grad():
+    with run.weights.reference_model() as (_, model), torch.no_grad():
         found = response_logps(model, batch)
-    adapter = {"ema": run.ema.average, "policy": run.layout.parts()}
+    adapter = {"ema": run.weights.ema.average, "policy": run.weights.layout.parts()}
     if reference in adapter:
-        with run.layout.swapped_in(adapter[reference]), torch.no_grad():
+        with run.weights.layout.swapped_in(adapter[reference]), torch.no_grad():
             expected = response_logps(run.policy, batch)
         assert not torch.allclose(found, response_logps(load_model(str(micro_model), torch.float32), batch))
     else:
@@ -88,10 +92,10 @@ def test_the_reference_is_what_was_set(trainer, micro_model, reference):
 def test_the_adapter_is_back_after_the_reference_was_swapped_in(trainer):
     run = trainer()
     run.train()
-    before = clones(run.layout.parts())
-    with run._reference_model():
-        assert not all(torch.equal(a, b) for a, b in zip(before, run.layout.parts(), strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(before, run.layout.parts(), strict=True))
+    before = clones(run.weights.layout.parts())
+    with run.weights.reference_model():
+        assert not all(torch.equal(a, b) for a, b in zip(before, run.weights.layout.parts(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, run.weights.layout.parts(), strict=True))
 
 
 def test_b_prime_is_written_by_the_ema(trainer, micro_model):
@@ -99,14 +103,14 @@ def test_b_prime_is_written_by_the_ema(trainer, micro_model):
     run = trainer(temperature=0.0, ema_decay=0.9)
     run.train()
     plain = load_model(str(micro_model), torch.float32)
-    with run.layout.swapped_in(run.ema.serving), torch.no_grad():
+    with run.weights.layout.swapped_in(run.weights.ema.serving), torch.no_grad():
         plain.load_state_dict({name: weight.clone() for name, weight in merged_weights(run.policy)}, strict=False)
-    found = run._generate(0, 0)
+    found = run.sampling.generate(0, 0)
     run.sampler.model, run.args.use_peft = plain, False  # the same rows, by the plain model
-    expected = run._generate(0, 0)
+    expected = run.sampling.generate(0, 0)
     assert [e.replacement.tolist() for e in found] == [e.replacement.tolist() for e in expected]
-    run.sampler = HFSampler(run.policy, run.sampler.settings, run.pad_id)
-    of_policy = run._generate(0, 0)
+    run.sampling.sampler = HFSampler(run.policy, run.sampler.settings, run.scorer.pad_id)
+    of_policy = run.sampling.generate(0, 0)
     assert [e.replacement.tolist() for e in found] != [e.replacement.tolist() for e in of_policy]
 
 
@@ -126,7 +130,7 @@ def test_an_adapter_alone_is_written_and_taken_up(trainer, tmp_path):
     run.save_trained(tmp_path / "adapter")
     assert {p.name for p in (tmp_path / "adapter").glob("*.safetensors")} == {"adapter_model.safetensors"}
     again = trainer(lora_adapter=str(tmp_path / "adapter"), reference="base")
-    assert all(torch.equal(a, b) for a, b in zip(run.layout.parts(), again.layout.parts(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(run.weights.layout.parts(), again.weights.layout.parts(), strict=True))
 
 
 @pytest.mark.slow
@@ -136,7 +140,10 @@ def test_resumed_equals_uninterrupted(trainer, tmp_path):
     trainer(tmp_path / "cut", max_steps=6, **saving).train()
     resumed = trainer(tmp_path / "cut", **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
-    for mine, theirs in ((resumed.layout.parts(), whole.layout.parts()), (resumed.ema.average, whole.ema.average)):
+    for mine, theirs in (
+        (resumed.weights.layout.parts(), whole.weights.layout.parts()),
+        (resumed.weights.ema.average, whole.weights.ema.average),
+    ):
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
     saved = {p.name: p.stat().st_size for p in (tmp_path / "cut" / "checkpoint-3").glob("*.safetensors")}
     assert saved["policy.safetensors"] < 100_000  # the adapter's weights only
@@ -172,7 +179,7 @@ def test_memory_of_optimizer_ema_and_reference_at_the_size_of_smollm2(trainer, t
         args = SAPOConfig(output_dir=str(tmp_path), **(SETTINGS | {"use_peft": use_peft, "lora_r": 16, "max_steps": 1}))
         run = SAPOTrainer(model, args, trainer().train_dataset, processing_class=trainer().processing_class)
         run.train()
-        state = [value for value in run.layout.optimizer_state().values() if isinstance(value, torch.Tensor)]
-        kept = [*state, *run.ema.average, *run.reference_weights]
+        state = [value for value in run.weights.layout.optimizer_state().values() if isinstance(value, torch.Tensor)]
+        kept = [*state, *run.weights.ema.average, *run.weights.reference_parts]
         taken[use_peft] = sum(tensor.numel() * tensor.element_size() for tensor in kept)
     assert taken[False] > 3 * taken[True], taken

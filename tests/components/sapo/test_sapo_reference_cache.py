@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from components.sapo.reference_cache import ReferenceCache
+from components.sapo.reference import ReferenceCache
 
 
 def logps(*entries: int) -> torch.Tensor:

@@ -57,7 +57,7 @@ def stop_after(trainer: SAPOTrainer, step: int) -> None:
 
 
 def tensors(trainer: SAPOTrainer) -> dict[str, torch.Tensor]:
-    models = {"policy": trainer.policy, "ema": trainer.ema_model, "reference": trainer.reference}
+    models = {"policy": trainer.policy, "ema": trainer.weights.ema_model, "reference": trainer.weights.reference}
     found = {f"{name}.{k}": v for name, m in models.items() if m is not None for k, v in m.state_dict().items()}
     buffer = {f"buffer.{name}": torch.from_numpy(array) for name, array in trainer.buffer.state_dict().items()}
     optimizer = trainer.optimizer.state_dict()["state"]

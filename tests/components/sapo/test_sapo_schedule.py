@@ -50,13 +50,13 @@ class OneStepEarly(Sync):
 )
 def test_overlap_is_sync_shifted_by_one_step(trainer, settings):
     overlap, by_hand = trainer(schedule="overlap", **settings), trainer(**settings)
-    by_hand.schedule = OneStepEarly(by_hand._generate)
+    by_hand.sampling.schedule = OneStepEarly(by_hand.sampling.generate, by_hand.metrics.clock)
     for run in (overlap, by_hand):
         run.train()
-    assert isinstance(overlap.schedule, Overlap)
+    assert isinstance(overlap.sampling.schedule, Overlap)
     assert entries(overlap) == entries(by_hand)
     assert torch.equal(weights(overlap.model), weights(by_hand.model))
-    assert torch.equal(weights(overlap.ema_model), weights(by_hand.ema_model))
+    assert torch.equal(weights(overlap.weights.ema_model), weights(by_hand.weights.ema_model))
 
 
 def test_weights_of_overlap_are_one_step_older(trainer):
@@ -83,7 +83,7 @@ def test_sampler_really_runs_beside_the_learner(trainer, monkeypatch):
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(SAPOTrainer, "training_step", slow_step)
-    run.schedule.ahead = run._generate(0, 0)
+    run.sampling.schedule.ahead = run.sampling.generate(0, 0)
     run.sampler.generate = watched
     run.train()
     assert {name for name, _ in threads} == {"self-play"}
@@ -156,7 +156,7 @@ def test_pushes_follow_their_interval(trainer):
     run.sampler.load = watched
     run.train()
     assert pushed == [(3, 3), (6, 6)]
-    assert run.served_model is not run.ema_model
+    assert run.weights.served_model is not run.weights.ema_model
     versions = [e.version for e in run.buffer._entries]
     assert set(versions) <= {0, 3, 6}
 
@@ -167,13 +167,14 @@ def test_what_is_served_is_the_ema_of_the_last_push(trainer):
     for run in (late, always):
         run.sampler.generate = lambda prompts, limits, seeds: [[7] * limit for limit in limits]  # whatever the weights
         run.train()
-    torch.testing.assert_close(weights(late.served_model), weights(always.ema_model), atol=1e-5, rtol=0)
-    assert late.ema.served_version == 2 and late.ema.version == 3
+    torch.testing.assert_close(weights(late.weights.served_model), weights(always.weights.ema_model), atol=1e-5, rtol=0)
+    assert late.weights.ema.served_version == 2 and late.weights.ema.version == 3
 
 
 def test_the_push_interval_is_part_of_a_run_and_the_time_out_is_not(trainer):
     plain, other, patient = (
-        identity(trainer(**s))["settings"] for s in ({}, {"push_interval": 2}, {"sampler_timeout": 9})
+        identity(run.args, run.train_dataset)["settings"]
+        for run in (trainer(**s) for s in ({}, {"push_interval": 2}, {"sampler_timeout": 9}))
     )
     assert plain == patient != other
 

@@ -100,7 +100,7 @@ def test_empty_data_set(tmp_path, micro_model):
         ({"max_prompt_length": 2}, "every prompt has 2 tokens or more; raise max_prompt_length"),
         ({"segment_length": 0}, "segment_length = 0: must be 1 or more"),
         ({"ema_decay": 2}, r"ema_decay = 2.0: must be within \[0, 1\]"),
-        ({"loss_type": "kto"}, "loss_type = 'kto' is not valid: .*'dpo', 'orpo' or 'ipo'"),
+        ({"loss_type": "kto"}, "loss_type = 'kto' is not valid: .*'dpo', 'orpo', 'ipo', 'cdpo', 'rpo' or 'simpo'"),
         ({"settings": '{"emadecay": 1}'}, "--settings: unknown setting 'emadecay'; did you mean 'ema_decay'"),
         ({"output_dir": "x"}, "unknown argument '--output_dir'"),
         ({"hub_token": "hf_x"}, "unknown argument '--hub_token'"),

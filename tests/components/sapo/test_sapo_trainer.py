@@ -11,9 +11,10 @@ from small_run import SMALL
 from components.common.core.conversations import read_rows
 from components.common.models.loading import load_model, load_tokenizer
 from components.sapo.config import SAPOConfig
-from components.sapo.reference_cache import ReferenceCache
-from components.sapo.self_play import RowOrder
+from components.sapo.reference import ReferenceCache
+from components.sapo.sampling import RowOrder
 from components.sapo.trainer import SAPOTrainer
+from components.sapo.weights import reference_interval
 
 
 def config(tmp_path, **settings) -> SAPOConfig:
@@ -67,7 +68,9 @@ def test_ema_follows_equation_6_through_training(trainer, micro_model):
     run = trainer(ema_decay=0.75, ema_interval=1, max_steps=1, warmup_steps=0)
     start = weights(load_model(str(micro_model), torch.float32))
     run.train()
-    torch.testing.assert_close(weights(run.ema_model), 0.75 * start + 0.25 * weights(run.model), atol=1e-7, rtol=1e-5)
+    torch.testing.assert_close(
+        weights(run.weights.ema_model), 0.75 * start + 0.25 * weights(run.model), atol=1e-7, rtol=1e-5
+    )
     assert not torch.equal(weights(run.model), start)
 
 
@@ -76,25 +79,25 @@ def test_reference_is_refreshed_at_its_interval(trainer, micro_model, reference)
     run = trainer(reference=reference, reference_interval=2, max_steps=2)
     run.train()
     start = load_model(str(micro_model), torch.float32)
-    expected = {"ema": run.ema_model, "policy": run.model, "fixed": start}[reference]
-    assert torch.equal(weights(run.reference), weights(expected))
+    expected = {"ema": run.weights.ema_model, "policy": run.model, "fixed": start}[reference]
+    assert torch.equal(weights(run.weights.reference), weights(expected))
 
 
 def test_reference_waits_for_its_interval(trainer, micro_model):
     run = trainer(reference="policy", reference_interval=3, max_steps=2)
     run.train()
-    assert torch.equal(weights(run.reference), weights(load_model(str(micro_model), torch.float32)))
+    assert torch.equal(weights(run.weights.reference), weights(load_model(str(micro_model), torch.float32)))
 
 
 def test_reference_interval_of_an_epoch(trainer):
     run = trainer(reference_interval="epoch", per_device_train_batch_size=16)
-    assert run._reference_interval() == 3  # 48 rows, 16 a step
+    assert reference_interval(run.args, run.sampling.order.steps_per_epoch) == 3  # 48 rows, 16 a step
 
 
 def test_orpo_has_no_reference(trainer):
     run = trainer(loss_type="orpo")
     run.train()
-    assert run.reference is None
+    assert run.weights.reference is None
 
 
 def test_on_policy_samples_with_the_policy(trainer):
@@ -264,8 +267,8 @@ def test_bfloat16_trains_and_samples_with_a_copy_of_the_average(trainer, loss_ty
     run = trainer(bf16=True, loss_type=loss_type, max_steps=3)
     run.train()
     assert {p.dtype for p in run.sampler.model.parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in run.ema_model.parameters()} == {torch.float32}
-    served = [p.to(torch.bfloat16) for p in run.ema_model.parameters()]
+    assert {p.dtype for p in run.weights.ema_model.parameters()} == {torch.float32}
+    served = [p.to(torch.bfloat16) for p in run.weights.ema_model.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(run.sampler.model.parameters(), served, strict=True))
     assert all(math.isfinite(entry["loss"]) for entry in run.state.log_history if "loss" in entry)
 

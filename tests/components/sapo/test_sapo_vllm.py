@@ -54,13 +54,13 @@ def entries(run: SAPOTrainer) -> list[tuple]:
 
 def test_the_engine_serves_the_ema_after_training(trainer, tmp_path):
     run = trainer(tmp_path, temperature=0.0)
-    before = weights(run.ema_model).clone()
+    before = weights(run.weights.ema_model).clone()
     run.train()
-    assert run.sampler.version == run.ema.version == 6
-    assert (weights(run.ema_model) - before).norm() > 0.01 * before.norm()
+    assert run.sampler.version == run.weights.ema.version == 6
+    assert (weights(run.weights.ema_model) - before).norm() > 0.01 * before.norm()
     prompts = [run.train_dataset[i]["prompt_ids"] for i in range(4)]
     greedy = SamplingSettings(0.0, 0, 1.0, run.stop_ids)
-    expected = HFSampler(run.ema_model, greedy, run.pad_id).generate(prompts, [8] * 4, [0] * 4)
+    expected = HFSampler(run.weights.ema_model, greedy, run.scorer.pad_id).generate(prompts, [8] * 4, [0] * 4)
     assert run.sampler.generate(prompts, [8] * 4, [0] * 4) == expected
 
 
@@ -82,7 +82,7 @@ class OneStepEarly(Sync):
 
 def test_overlap_is_sync_shifted_by_one_step(trainer, tmp_path):
     overlap, by_hand = trainer(tmp_path / "a", schedule="overlap"), trainer(tmp_path / "b")
-    by_hand.schedule = OneStepEarly(by_hand._generate)
+    by_hand.sampling.schedule = OneStepEarly(by_hand.sampling.generate)
     for run in (overlap, by_hand):
         run.train()
     assert entries(overlap) == entries(by_hand)
@@ -105,18 +105,18 @@ def test_overlap_resumes_to_the_same_weights(trainer, tmp_path):
     resumed.train(resume_from_checkpoint=True)
     assert entries(resumed) == entries(whole)
     assert torch.equal(weights(resumed.model), weights(whole.model))
-    assert torch.equal(weights(resumed.ema_model), weights(whole.ema_model))
+    assert torch.equal(weights(resumed.weights.ema_model), weights(whole.weights.ema_model))
 
 
 def test_a_request_does_not_depend_on_its_batch(trainer, tmp_path):
     run = trainer(tmp_path)
-    together = run._generate(0, 0)
+    together = run.sampling.generate(0, 0)
     apart = [entry for entry in together if entry.row == together[0].row]
-    rows = run.row_order
-    run.row_order = type("One", (), {"at": lambda self, step: rows.at(0)[:1], "epoch_of": lambda self, step: 0})()
+    rows = run.sampling.order
+    run.sampling.order = type("One", (), {"at": lambda self, step: rows.at(0)[:1], "epoch_of": lambda self, step: 0})()
     alone = run.sampler.generate
     prompts = []
     run.sampler.generate = lambda *arguments: prompts.append(arguments) or alone(*arguments)
-    again = run._generate(0, 0)
+    again = run.sampling.generate(0, 0)
     assert len(prompts[0][0]) == len(again) == 1
     assert np.array_equal(again[0].replacement, apart[0].replacement)

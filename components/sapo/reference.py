@@ -1,12 +1,17 @@
 """The reference's log-probs of the buffer's pairs, computed once per (entry, version of the reference)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from components.common.training.distributed.processes import gather
+from components.sapo.pairs import MicroBatch
+from components.sapo.scoring import PairScorer
 
 
 class ReferenceCache:
@@ -59,3 +64,61 @@ class ReferenceCache:
         """Restores `state_dict`."""
         self._entries[:], self._versions[:], self._logps[:] = (state[n] for n in ("entries", "versions", "logps"))
         self.version = int(state["version"][0])
+
+
+class ReferenceLogps:
+    """Scores pairs with the reference, each once between two refreshes.
+
+    Args:
+        capacity: that of the replay buffer.
+        scorer: runs a model on pairs.
+        model: opens the reference: gives what to call for its forward pass, and the model within.
+        rank: index of this process.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        scorer: PairScorer,
+        model: Callable[[], AbstractContextManager[tuple[nn.Module, nn.Module]]],
+        rank: int,
+    ) -> None:
+        self.cache = ReferenceCache(capacity)
+        self.scorer = scorer
+        self.model = model
+        self.rank = rank
+
+    @torch.no_grad()
+    def logps(self, micro_batch: MicroBatch) -> tuple[Tensor, float]:
+        """The sums of both responses, (2, pairs) on the CPU, and the share of the pairs that had been scored before."""
+        ids = micro_batch.ids_by_process[self.rank]
+        missing = self.cache.missing(ids)
+
+        if any(self.cache.missing(of_one) for of_one in micro_batch.ids_by_process):
+            self._score(micro_batch, missing)
+
+        return self.cache.get(ids), 1 - len(missing) / len(ids)
+
+    def _score(self, micro_batch: MicroBatch, missing: list[int]) -> None:
+        """Scores what is missing here; what one process scores, all of them know."""
+        by_id = {pair.entry_id: pair for pair in micro_batch.pairs}
+        # Sharded processes go forward together, even the one that has nothing to score.
+        scored = missing or [micro_batch.pairs[0].entry_id]
+
+        with self.model() as (wrapped, policy):
+            sums = self.scorer.response_sums(wrapped, policy, [by_id[entry_id] for entry_id in scored])
+
+        for entry_ids, values in gather([(scored, sums.float().cpu())]):
+            self.cache.store(entry_ids, values)
+
+    def forget(self) -> None:
+        """The reference was refreshed: what was stored before is not found again."""
+        self.cache.version += 1
+
+    def state_dict(self) -> dict[str, npt.NDArray[Any]]:
+        """The same in every process."""
+        return self.cache.state_dict()
+
+    def load_state_dict(self, state: dict[str, npt.NDArray[Any]]) -> None:
+        """Restores `state_dict`."""
+        self.cache.load_state_dict(state)
