@@ -149,7 +149,7 @@ class _Saved(Mapping[str, Any]):
             return self._content[key]
         if (own := self._reader.own(key)) is not None:
             return own
-        if len(parts := self._reader.parts(key)):
+        if (parts := self._reader.parts(key)) is not None:
             return parts
         return self._arrays[key]
 
@@ -265,10 +265,12 @@ class CheckpointReader:
 
         return PerProcess(self.tensors(mine), self.json(mine)) if self.has(f"{mine}.json") else None
 
-    def parts(self, name: str) -> "SavedParts":
-        """The tensors that `CheckpointWriter.parts` wrote under a name."""
+    def parts(self, name: str) -> "SavedParts | None":
+        """The tensors that `CheckpointWriter.parts` wrote under a name; None if it wrote none."""
         whole = self.directory / f"{name}.safetensors"
-        return SavedParts([whole] if whole.exists() else sorted(self.directory.glob(f"{name}-*-of-*.safetensors")))
+        files = [whole] if whole.exists() else sorted(self.directory.glob(f"{name}-*-of-*.safetensors"))
+
+        return SavedParts(files) if files else None
 
 
 class SavedParts:

@@ -40,6 +40,7 @@ from components.sapo.held_out import HeldOutPairs
 from components.sapo.lora import add_adapter, load_policy
 from components.sapo.losses import LOSSES
 from components.sapo.metrics import TrainingMetrics
+from components.sapo.optimizer_state import OptimizerState
 from components.sapo.pair_log import PairLog
 from components.sapo.pairs import MicroBatch, make_pair
 from components.sapo.reference import ReferenceLogps
@@ -47,7 +48,6 @@ from components.sapo.replay_buffer import ReplayBuffer
 from components.sapo.resumable import ResumableTrainer
 from components.sapo.sampling import SamplingStage, open_sampler
 from components.sapo.scoring import PairScorer, loss_inputs
-from components.sapo.sharding import OptimizerState
 from components.sapo.state import identity
 from components.sapo.weights import PolicyWeights
 
