@@ -8,7 +8,7 @@ itself: from `low` on up to itself, but for [gap_start, gap_end). A sliding wind
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,7 +96,7 @@ def seen_blocks(seen: Sight) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     ends = np.arange(1, tokens + 1)
 
     # The two runs of keys that a token sees: before its gap, and after it. Without a gap the first is empty.
-    runs = [(seen.low, seen.gap_start), (seen.gap_end, ends)]
+    runs: list[tuple[NDArray[Any], NDArray[Any]]] = [(seen.low, seen.gap_start), (seen.gap_end, ends)]
     touched, covered = np.zeros((size, size), np.int64), np.zeros((size, size), np.int64)
     for first, end in runs:
         some = end > first
