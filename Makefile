@@ -3,6 +3,7 @@
 #   make test    lint, types and every test
 #   make check   lint, format and types only
 #   make bench   speed against peers in the same run (BENCH=--quick for a short one)
+#   make gpu     right, fast and planned on the GPU that is here, in seven minutes (tiny sizes on a CPU)
 #   make faults  runs that are killed, starved and lied to by their store, and what becomes of them
 #   make compile the packages to upload in the Kubeflow UI
 
@@ -16,7 +17,7 @@ PYTEST = $(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 TORCH_INDEX ?=
 INSTALL = $(VENV)/bin/python -m pip install -qq --constraint docker/constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-fast check format bench faults compile clean
+.PHONY: demo test test-fast check format bench gpu faults compile clean
 
 demo: $(VENV)/all
 	$(VENV)/bin/python -m pipelines run comparison --run $(RUN)
@@ -40,6 +41,9 @@ format: $(VENV)/dev
 
 bench: $(VENV)/vllm
 	$(VENV)/bin/python -m benchmarks $(BENCH)
+
+gpu: $(VENV)/all
+	$(VENV)/bin/python -m benchmarks.gpu $(GPU)
 
 faults: $(VENV)/dev
 	$(VENV)/bin/python -m faults.campaign $(FAULTS)

@@ -3,35 +3,29 @@
 A packed pair lies in its row as [ prefix | chosen | rejected ]. The prefix sees itself, each branch the prefix and itself,
 all causally; no branch sees the other and no pair another.
 
-On CUDA FlexAttention takes that as a block mask: one kernel for all pairs. Elsewhere blocks of queries are multiplied with the
-keys they see and no others, and backward makes the probabilities again: nothing as large as queries times keys is kept.
+On CUDA one kernel does that for all pairs (`gpu_attention.py`). Elsewhere blocks of queries are multiplied with the keys they
+see and no others, and backward makes the probabilities again: nothing as large as queries times keys is kept.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
+
+from components.common.kernels import gpu_attention
+from components.common.kernels.pair_spans import Span, segments, sight
 
 SHARED_PREFIX = "sapo_shared_prefix"
 QUERIES = 128  # most queries of a block; fewer if they had more scores than
 SCORES = 2**20
-
-
-@dataclass(frozen=True)
-class Span:
-    """Where a packed pair lies: its prefix [start, start + prefix), then `chosen`, then `rejected` tokens."""
-
-    start: int
-    prefix: int
-    chosen: int
-    rejected: int
+# What attends on a GPU in 16 bits; in float32 it is always `flex`.
+ON_GPU: gpu_attention.Kernel = "flex"
 
 
 @dataclass(frozen=True)
@@ -53,29 +47,20 @@ class PairLayout:
     def __init__(self, spans: list[Span]) -> None:
         self.spans = spans
         self._block_masks: dict[int | None, BlockMask] = {}
+        self._segments: gpu_attention.PlacedSegments | None = None
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
 
-    def visible(self, window: int | None, device: torch.device) -> Callable[..., Tensor]:
-        """FlexAttention's question whether token q sees token k: of its pair, before it, of the prefix or its own branch."""
-        lengths = [(span.prefix, span.chosen, span.rejected) for span in self.spans]
-        pair = torch.cat([torch.full((sum(n),), i) for i, n in enumerate(lengths)]).to(device)
-        branch = torch.cat([torch.arange(3).repeat_interleave(torch.tensor(n)) for n in lengths]).to(device)
-        order = [torch.cat([torch.arange(p), torch.arange(p, p + c), torch.arange(p, p + r)]) for p, c, r in lengths]
-        position = torch.cat(order).to(device)
-
-        def visible(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            seen = (pair[q] == pair[k]) & (k <= q) & ((branch[k] == 0) | (branch[k] == branch[q]))
-            return seen if window is None else seen & (position[q] - position[k] < window)
-
-        return visible
-
     def block_mask(self, window: int | None, device: torch.device) -> BlockMask:
-        """The same as blocks of 128 x 128; made once per sliding window, not once per layer."""
+        """For FlexAttention; made once per sliding window, not once per layer."""
         if window not in self._block_masks:
-            tokens = sum(span.prefix + span.chosen + span.rejected for span in self.spans)
-            visible = self.visible(window, device)
-            self._block_masks[window] = create_block_mask(visible, None, None, tokens, tokens, device=device)
+            self._block_masks[window] = gpu_attention.block_mask(sight(self.spans, window), device)
         return self._block_masks[window]
+
+    def segments(self, device: torch.device) -> gpu_attention.PlacedSegments:
+        """For FlashAttention; made once."""
+        if self._segments is None:
+            self._segments = gpu_attention.PlacedSegments(segments(self.spans), device)
+        return self._segments
 
     def blocks(self, heads: int) -> Iterator[Block]:
         """All queries, so few at once that their scores stay in the processor's cache."""
@@ -125,20 +110,23 @@ def attend_pairs(
         (1, tokens, heads, size), in the type of autocast if that is on, else in that of `value`.
     """
     kind = query.device.type
-    if kind == "cuda":
-        mask = pair_layout.block_mask(sliding_window, query.device)
-        mixed = _compiled_flex_attention()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True)
-        return mixed.transpose(1, 2), None
+    # Under autocast, rotary embeddings make query and key float32 again.
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
-    rows = (tensor[0].to(dtype) for tensor in (query, key, value))
+    query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+    if kind == "cuda":
+        mixed = _attend_on_gpu(query, key, value, scaling, pair_layout, sliding_window)
+        return mixed.transpose(1, 2), None
     with torch.autocast(kind, enabled=False):  # scores are float32 on purpose
-        mixed = _BlockAttention.apply(*rows, pair_layout, scaling, sliding_window)
+        mixed = _BlockAttention.apply(query[0], key[0], value[0], pair_layout, scaling, sliding_window)
     return mixed.unsqueeze(0), None
 
 
-@functools.cache
-def _compiled_flex_attention() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=True)
+def _attend_on_gpu(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, layout: PairLayout, window: int | None
+) -> Tensor:
+    if ON_GPU == "varlen" and query.dtype.itemsize == 2:
+        return gpu_attention.attend_varlen(query, key, value, layout.segments(query.device), scaling, window)
+    return gpu_attention.attend_flex(query, key, value, layout.block_mask(window, query.device), scaling)
 
 
 class _BlockAttention(torch.autograd.Function):

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from components.common.kernels.lean_layers import lean_layers
-from components.common.kernels.pair_attention import SHARED_PREFIX, PairLayout
+from components.common.kernels.pair_attention import SHARED_PREFIX
 from components.common.kernels.pair_packing import PairBatch
 from components.common.kernels.replaced_forward import forward_replaced
 from components.common.kernels.vocabulary_head import chunked_logps
@@ -71,8 +71,7 @@ def last_hidden_states(model: nn.Module, batch: PairBatch) -> Tensor:
     if batch.spans is None:
         return decoder(**batch.model_inputs, use_cache=False).last_hidden_state
     with shared_prefix_attention(model):
-        layout = PairLayout(batch.spans)
-        return decoder(**batch.model_inputs, use_cache=False, pair_layout=layout).last_hidden_state
+        return decoder(**batch.model_inputs, use_cache=False, pair_layout=batch.layout).last_hidden_state
 
 
 def sequence_nll(logps: Tensor, batch: PairBatch) -> Tensor:

@@ -7,12 +7,14 @@ A pair shares its prompt x and segment A. The packed form lays every pair out as
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from components.common.kernels.pair_attention import Span
+from components.common.kernels.pair_attention import PairLayout
+from components.common.kernels.pair_spans import Span
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,23 @@ class PairBatch:
         mask = self.model_inputs.get("attention_mask")
         return self.model_inputs["input_ids"].numel() if mask is None else int(mask.sum())
 
+    @functools.cached_property
+    def layout(self) -> PairLayout | None:
+        """What attention needs to know of the packed pairs, worked out once for all that is run on them."""
+        return None if self.spans is None else PairLayout(self.spans)
+
     def to(self, device: torch.device) -> PairBatch:
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        inputs = {name: value.to(device) for name, value in self.model_inputs.items()}
+        """The same on a device. The host does not wait for what a GPU is doing."""
+        moved = {name: _to(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        inputs = {name: _to(value, device) for name, value in self.model_inputs.items()}
         return PairBatch(model_inputs=inputs, spans=self.spans, **moved)
+
+
+def _to(tensor: Tensor, device: torch.device) -> Tensor:
+    # From pageable memory a copy waits for all that the GPU has to do, and the next step's kernels come late.
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def collate(pairs: list[PairIds], pad_id: int, share: bool, from_divergence: bool = False) -> PairBatch:

@@ -62,27 +62,28 @@ class _FusedLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         """(tokens, size) in the type to multiply in, (vocab, size) in any, (tokens,) -> (tokens,) in float32."""
-        lses, chosen = [], hidden.new_zeros(len(hidden), dtype=torch.float32)
+        lses, chosen = [], hidden.new_zeros(len(hidden), 1, dtype=torch.float32)
         for block in _vocabulary_blocks(hidden, weight):
             logits = _block_logits(hidden, weight[block])
-            rows, columns = _targets_within(block, targets)
-            chosen[rows] = logits[rows, columns]
+            columns, inside = _targets_within(block, targets)
+            chosen = torch.where(inside, logits.gather(1, columns), chosen)
             highest = logits.amax(dim=1, keepdim=True)
             lses.append(logits.sub_(highest).exp_().sum(dim=1).log_().add_(highest.squeeze(1)))
         lse = torch.stack(lses).logsumexp(dim=0)
         ctx.save_for_backward(hidden, weight, targets, lse)
-        return chosen - lse
+        return chosen.squeeze(1) - lse
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
         hidden, weight, targets, lse = ctx.saved_tensors
-        gradient = gradients[0]
+        gradient = gradients[0].unsqueeze(1)  # (tokens, 1)
         d_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         for block in _vocabulary_blocks(hidden, weight):
-            d_logits = _block_logits(hidden, weight[block]).sub_(lse.unsqueeze(1)).exp_().mul_(-gradient.unsqueeze(1))
-            rows, columns = _targets_within(block, targets)
-            d_logits[rows, columns] += gradient[rows]
+            d_logits = _block_logits(hidden, weight[block]).sub_(lse.unsqueeze(1)).exp_().mul_(-gradient)
+            columns, inside = _targets_within(block, targets)
+            of_targets = d_logits.gather(1, columns)
+            d_logits.scatter_(1, columns, torch.where(inside, of_targets + gradient, of_targets))
             d_logits = d_logits.to(hidden.dtype)
             d_hidden += d_logits @ weight[block].to(hidden.dtype)
             if d_weight is not None:
@@ -107,9 +108,13 @@ def _block_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def _targets_within(block: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows whose target lies in a block of the vocabulary, and its column there."""
-    rows = ((targets >= block.start) & (targets < block.stop)).nonzero().squeeze(1)
-    return rows, targets[rows] - block.start
+    """The column of each target in a block of the vocabulary, and whether it lies there; (tokens, 1) each.
+
+    A target outside has the nearest column. To pick out those inside would make the host wait for a GPU, to count them.
+    """
+    columns = (targets - block.start).unsqueeze(1)
+    inside = (columns >= 0) & (columns < block.stop - block.start)
+    return columns.clamp(0, block.stop - block.start - 1), inside
 
 
 def token_logps(logits: Tensor, targets: Tensor) -> Tensor:

@@ -13,13 +13,15 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
 from components.common.core.errors import UserError
-from components.common.stage.parser import ConfigParser
 from components.common.training.distributed.supervisor import supervise
+
+if TYPE_CHECKING:  # the trainer is a library too, for which pydantic need not be there
+    from components.common.stage.parser import ConfigParser
 
 Parallelism = Literal["ddp", "zero2", "zero3", "fsdp2"]
 
@@ -29,7 +31,7 @@ SECONDS_TO_CLEAN_UP = 20.0  # besides `grace_seconds`: from the first process's 
 RENAMED = {"zero3_init_flag": "zero3_init"}
 
 
-def start(parser: ConfigParser, argv: Sequence[str]) -> None:
+def start(parser: "ConfigParser", argv: Sequence[str]) -> None:
     """Makes this process what it is to be: the only one (returns), one of several (joins them), or their supervisor.
 
     Call it before settings are built and anything is loaded. `--dry_run` stays one process.
