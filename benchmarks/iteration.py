@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from benchmarks.harness import Result, Side, compare_apart, speed
+from benchmarks.preference import mean_loss
 from benchmarks.shapes import Shape, dtype_name, make_pairs, precisions, smollm2_shape
 from components.common.generation.hf import HFSampler
 from components.common.generation.protocol import SamplingSettings
 from components.common.kernels.pair_logps import response_logps
 from components.common.kernels.pair_packing import PairIds, collate
 from components.sapo.ema import EMA, frozen_copy, weights_of
-from components.sapo.losses import dpo_loss
 
 SEGMENT = 64
 SETTINGS = SamplingSettings(0.7, 50, 0.95, frozenset({2}))
@@ -92,8 +92,8 @@ class Ours:
         with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
             with torch.no_grad():
                 reference = response_logps(self.reference, batch).sum(dim=1).chunk(2)
-            chosen, rejected = response_logps(self.model, batch).sum(dim=1).chunk(2)
-            return dpo_loss(chosen, rejected, *reference, 0.1).losses.mean()
+            sums = response_logps(self.model, batch).sum(dim=1)
+            return mean_loss("dpo", sums, batch.response_mask.sum(dim=1), reference)
 
     def iteration(self) -> None:
         count = len(self.pairs)
@@ -125,8 +125,8 @@ class Plain:
         with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
             with torch.no_grad():
                 reference = self.sums(self.reference, ids, attention.long(), labels).chunk(2)
-            chosen, rejected = self.sums(self.model, ids, attention.long(), labels).chunk(2)
-            return dpo_loss(chosen, rejected, *reference, 0.1).losses.mean()
+            sums = self.sums(self.model, ids, attention.long(), labels)
+            return mean_loss("dpo", sums, (labels >= 0).sum(dim=1), reference)
 
     @staticmethod
     def sums(model: LlamaForCausalLM, ids: Tensor, attention: Tensor, labels: Tensor) -> Tensor:

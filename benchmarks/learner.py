@@ -13,10 +13,10 @@ from tokenizers.models import BPE
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.harness import Result, Side, compare_apart, memory, speed
+from benchmarks.preference import mean_loss
 from benchmarks.shapes import Shape, dtype_name, learner_flops, make_pairs, matrix_speed, precisions, smollm2_shape
 from components.common.kernels.pair_logps import response_logps
 from components.common.kernels.pair_packing import PairIds, collate
-from components.sapo.losses import dpo_loss, orpo_loss
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 OPTIONS = {"report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True}
@@ -86,8 +86,8 @@ def our_dpo(model: LlamaForCausalLM, pairs: list[PairIds], dtype: torch.dtype) -
     reference = torch.full((len(pairs),), REFERENCE)
 
     def loss() -> torch.Tensor:
-        chosen, rejected = response_logps(model, batch).sum(dim=1).chunk(2)
-        return dpo_loss(chosen, rejected, reference, reference, 0.1).losses.mean()
+        sums = response_logps(model, batch).sum(dim=1)
+        return mean_loss("dpo", sums, batch.response_mask.sum(dim=1), (reference, reference))
 
     return step(model, loss, dtype)
 
@@ -96,8 +96,7 @@ def our_orpo(model: LlamaForCausalLM, pairs: list[PairIds], dtype: torch.dtype) 
     batch = collate(pairs, pad_id=0, share=True)
 
     def loss() -> torch.Tensor:
-        chosen, rejected = (response_logps(model, batch).sum(dim=1) / batch.response_mask.sum(dim=1)).chunk(2)
-        return orpo_loss(chosen, rejected, -chosen, 0.05).losses.mean()
+        return mean_loss("orpo", response_logps(model, batch).sum(dim=1), batch.response_mask.sum(dim=1))
 
     return step(model, loss, dtype)
 

@@ -20,6 +20,7 @@ from benchmarks.gpu.shapes import batch_of, flops, pairs_of, random_model, sizes
 from benchmarks.gpu.there import H100_DENSE, has
 from benchmarks.gpu.timing import best_seconds, graphs, host_waits, peak_memory, profiled, seconds_of, synchronize
 from benchmarks.gpu.trainer import make_trainer
+from benchmarks.preference import mean_loss
 from components.common.generation.hf import HFSampler
 from components.common.generation.protocol import SamplingSettings
 from components.common.kernels import pair_attention
@@ -29,7 +30,6 @@ from components.common.kernels.pair_packing import PairIds
 from components.common.kernels.vocabulary_head import chunked_logps
 from components.sapo import memory
 from components.sapo.ema import EMA, copy_weights
-from components.sapo.losses import dpo_loss, orpo_loss
 
 BF16 = torch.bfloat16
 LR = 1e-6
@@ -133,13 +133,12 @@ class Learner:
         batch = batch_of(pairs, form, self.loss).to(self.context.device)
         with torch.autocast(self.context.device.type, BF16):
             logps = response_logps(self.model, batch)
+        sums, tokens = logps.sum(dim=1), batch.response_mask.sum(dim=1)
         if self.loss == "dpo":
             reference = torch.full((len(pairs),), peers.REFERENCE, device=self.context.device)
-            chosen, rejected = logps.sum(dim=1).chunk(2)
-            loss = dpo_loss(chosen, rejected, reference, reference, 0.1).losses.mean()
+            loss = mean_loss("dpo", sums, tokens, (reference, reference))
         else:
-            chosen, rejected = (logps.sum(dim=1) / batch.response_mask.sum(dim=1)).chunk(2)
-            loss = orpo_loss(chosen, rejected, -chosen, 0.05).losses.mean()
+            loss = mean_loss("orpo", sums, tokens)
         loss.backward()
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from benchmarks.gpu.record import Context
+from benchmarks.preference import mean_loss
 from components.common.kernels.pair_packing import PairIds
-from components.sapo.losses import dpo_loss, orpo_loss
 
 REFERENCE = -1000.0  # log-prob of every response under the reference, given to all sides
 Loss = Callable[[list[PairIds]], Tensor]
@@ -46,9 +46,8 @@ def plain(context: Context, model: Any, loss: str) -> Loss:
         sums = (logps.view_as(labels) * real).sum(1)
         if loss == "dpo":
             reference = torch.full((len(pairs),), REFERENCE, device=context.device)
-            return dpo_loss(*sums.chunk(2), reference, reference, 0.1).losses.mean()
-        chosen, rejected = (sums / real.sum(1)).chunk(2)
-        return orpo_loss(chosen, rejected, -chosen, 0.05).losses.mean()
+            return mean_loss("dpo", sums, real.sum(1), (reference, reference))
+        return mean_loss("orpo", sums, real.sum(1))
 
     return of
 

@@ -19,12 +19,12 @@ from benchmarks.gpu.record import Context
 from benchmarks.gpu.shapes import batch_of, random_model
 from benchmarks.gpu.timing import graphs
 from benchmarks.gpu.trainer import make_trainer
+from benchmarks.preference import mean_loss
 from components.common.kernels import gpu_attention, pair_attention
 from components.common.kernels.pair_logps import response_logps, shared_prefix_attention
 from components.common.kernels.pair_packing import PairIds
 from components.common.kernels.vocabulary_head import chunked_logps, token_logps
 from components.sapo.ema import EMA
-from components.sapo.losses import dpo_loss
 
 MEDIUM = {
     "hidden_size": 512,
@@ -81,8 +81,9 @@ def run(
     batch = batch_of(pairs, form, "orpo").to(context.device)
     with torch.autocast(context.device.type, dtype, enabled=dtype != torch.float32):
         logps = response_logps(model, batch)
-        chosen, rejected = logps.sum(dim=1).chunk(2)
-        loss = dpo_loss(chosen, rejected, chosen.detach() - 1, rejected.detach() + 1, 0.1).losses.mean()
+        sums = logps.sum(dim=1)
+        chosen, rejected = sums.detach().chunk(2)
+        loss = mean_loss("dpo", sums, batch.response_mask.sum(dim=1), (chosen - 1, rejected + 1))
     trained = [p for p in model.parameters() if p.requires_grad]
     # Checkpointed layers look the attention up again in backward.
     with shared_prefix_attention(model) if form != "padded" else _nothing():
@@ -272,8 +273,8 @@ def _repeated(context: Context, directory: Path) -> None:
 
         trainer.after_step = count  # type: ignore[method-assign]
         trainer.train(resume_from_checkpoint=resume or None)
-        assert trainer.ema_model is not None
-        models = (trainer.policy, trainer.ema_model)
+        assert trainer.weights.ema_model is not None
+        models = (trainer.policy, trainer.weights.ema_model)
         return [parameter.detach().clone() for model in models for parameter in model.parameters()]
 
     start = [parameter.detach().clone() for parameter in base.parameters()]

@@ -1,11 +1,13 @@
 """The loss that the stage trains with equals Eq. 3 but for L_SFT, which TRL takes over prompt and response."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from components.common.models.loading import load_model, load_tokenizer
 from components.common.training.preference import ORPOSettings, preference_trainer
-from components.sapo.losses import orpo_loss
+from components.sapo.losses import PairLogps, orpo_loss
 
 PAIRS = [
     {"prompt_ids": [5, 6, 7, 8, 9], "chosen_ids": [30, 31, 32, 33], "rejected_ids": [40, 41, 42, 43, 44, 45]},
@@ -29,8 +31,9 @@ def test_equals_our_loss(weight, micro_model, tmp_path):
         for n in ("chosen", "rejected")
     ]
     over_the_batch = -torch.cat(logps["chosen"]).mean()
-    expected = orpo_loss(*means, chosen_nll=over_the_batch, weight=weight).losses.mean()
-    of_the_paper = orpo_loss(*means, chosen_nll=-means[0], weight=weight).losses.mean()
+    ones, settings = torch.ones(len(PAIRS)), SimpleNamespace(orpo_lambda=weight)  # means, as of one token
+    expected = orpo_loss(PairLogps(*means, ones, ones, sequence_nll=over_the_batch), settings).losses.mean()
+    of_the_paper = orpo_loss(PairLogps(*means, ones, ones), settings).losses.mean()
 
     args = ORPOSettings(output_dir=str(tmp_path), beta=weight, bf16=False, use_cpu=True, report_to="none")
     trainer = preference_trainer("orpo", policy, None, args, PAIRS, None, load_tokenizer(str(micro_model)))

@@ -1,5 +1,7 @@
 """Packed, padded and single sequences give the same log-probs, losses and gradients, on every family that is packed."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
@@ -12,7 +14,7 @@ from components.common.kernels.pair_logps import response_logps, sequence_nll
 from components.common.kernels.pair_packing import PairIds, collate, whole_sequences
 from components.common.kernels.pair_spans import Span
 from components.common.kernels.vocabulary_head import token_logps
-from components.sapo.losses import dpo_loss, orpo_loss
+from components.sapo.losses import LOSSES, PairLogps
 
 #         prompt                 chosen                rejected
 PAIRS = [
@@ -81,12 +83,10 @@ def test_log_probs_are_those_of_single_sequences(family, share):
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_losses_and_gradients_are_those_of_single_sequences(family, loss_type, rows, monkeypatch):
     def loss(rows: list[torch.Tensor]) -> torch.Tensor:
-        sums, means = torch.stack([row.sum() for row in rows]), torch.stack([row.mean() for row in rows])
-        if loss_type == "dpo":
-            chosen, rejected = sums.chunk(2)
-            return dpo_loss(chosen, rejected, chosen.detach() - 1, rejected.detach() + 1, 0.5).losses.mean()
-        chosen, rejected = means.chunk(2)
-        return orpo_loss(chosen, rejected, -chosen, 0.5).losses.mean()
+        chosen, rejected = torch.stack([row.sum() for row in rows]).chunk(2)
+        tokens = torch.tensor([len(row) for row in rows]).chunk(2)
+        logps = PairLogps(chosen, rejected, *tokens, chosen.detach() - 1, rejected.detach() + 1)
+        return LOSSES[loss_type].function(logps, SimpleNamespace(beta=0.5, orpo_lambda=0.5)).losses.mean()
 
     def gradient(rows: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss(rows), list(model.parameters()))])
