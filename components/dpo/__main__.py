@@ -7,18 +7,18 @@ The reference is the start model, frozen. The paper's baseline: beta 0.1, learni
 A run that was interrupted (SIGTERM saves first and exits with 143) goes on when the same command is given again.
 """
 
-import time
 from collections.abc import Sequence
 
 from components.common.stage.run import run_stage
+from components.common.training.clock import Clock
 
 
 def main(argv: Sequence[str]) -> None:
-    started = time.perf_counter()
-    from components.common.training.preference import DPOSettings
-    from components.common.training.preference_stage import run
+    clock = Clock()  # before torch is imported
+    from components.common.training.skeleton import run_training
+    from components.dpo.stage import DPOStage
 
-    run("dpo", DPOSettings, __doc__ or "", argv, started)
+    run_training(DPOStage, __doc__ or "", argv, clock)
 
 
 if __name__ == "__main__":

@@ -7,18 +7,18 @@ There is no reference model. The paper's baseline: lambda 0.05 (`beta`), learnin
 A run that was interrupted (SIGTERM saves first and exits with 143) goes on when the same command is given again.
 """
 
-import time
 from collections.abc import Sequence
 
 from components.common.stage.run import run_stage
+from components.common.training.clock import Clock
 
 
 def main(argv: Sequence[str]) -> None:
-    started = time.perf_counter()
-    from components.common.training.preference import ORPOSettings
-    from components.common.training.preference_stage import run
+    clock = Clock()  # before torch is imported
+    from components.common.training.skeleton import run_training
+    from components.orpo.stage import ORPOStage
 
-    run("orpo", ORPOSettings, __doc__ or "", argv, started)
+    run_training(ORPOStage, __doc__ or "", argv, clock)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 OUTPUT/spin/
   run.json                    settings, digests of rows and start model, versions
-  clock.json                  seconds so far
+  clock.json                  seconds so far, by part
   saved.json                  snapshots made so far, where the output is in a bucket
   iteration-0/
     generated.jsonl           a response for each training row, as token ids
@@ -90,31 +90,30 @@ class RunFiles:
         shutil.rmtree(self.removed, ignore_errors=True)
 
 
-def mark_checkpoint(directory: Path, tokens_trained: int) -> None:
+def mark_checkpoint(directory: Path) -> None:
     """Makes a checkpoint count: notes the size of each of its files, last."""
     sizes = {path.name: path.stat().st_size for path in directory.iterdir() if path.is_file()}
-    write_json(directory / CHECKPOINT_MARKER, {"sizes": sizes, "tokens_trained": tokens_trained})
+    write_json(directory / CHECKPOINT_MARKER, {"sizes": sizes})
 
 
-def newest_checkpoint(directory: Path) -> tuple[Path, int] | None:
-    """The newest complete checkpoint and the tokens trained on by then; what interrupted saves left is removed."""
+def newest_checkpoint(directory: Path) -> Path | None:
+    """The newest complete checkpoint; what interrupted saves left is removed."""
     complete = []
     for path in directory.glob("checkpoint-*"):
-        if (tokens := _tokens_if_complete(path)) is None:
-            shutil.rmtree(path)
+        if _is_complete(path):
+            complete.append(path)
         else:
-            complete.append((int(path.name.removeprefix("checkpoint-")), path, tokens))
-    return max(complete)[1:] if complete else None
+            shutil.rmtree(path)
+    return max(complete, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
 
 
-def _tokens_if_complete(checkpoint: Path) -> int | None:
+def _is_complete(checkpoint: Path) -> bool:
     marker = checkpoint / CHECKPOINT_MARKER
     if not marker.is_file():
-        return None
-    content = json.loads(marker.read_text(encoding="utf-8"))
-    files = ((checkpoint / name, size) for name, size in content["sizes"].items())
-    whole = all(path.is_file() and path.stat().st_size == size for path, size in files)
-    return content["tokens_trained"] if whole else None
+        return False
+    sizes = json.loads(marker.read_text(encoding="utf-8"))["sizes"]
+    files = ((checkpoint / name, size) for name, size in sizes.items())
+    return all(path.is_file() and path.stat().st_size == size for path, size in files)
 
 
 def identity(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from components.common.training.preference import DPOSettings, ORPOSettings
+from components.common.training.steps import steps_per_epoch
 from components.spin.config import SPINSettings
 
 
@@ -36,9 +37,8 @@ def schedule(settings: SPINSettings) -> list[Iteration]:
 
 def steps_of(iteration: Iteration, rows: int, settings: SPINSettings, processes: int = 1) -> int:
     """Optimizer steps of an iteration over a training set of `rows` rows, as `Trainer` counts them."""
-    pairs = settings.per_device_train_batch_size * processes
-    micro_batches = math.ceil(rows * len(iteration.window) / pairs)
-    per_epoch = math.ceil(micro_batches / settings.gradient_accumulation_steps)
+    pairs, micro_batch = rows * len(iteration.window), settings.per_device_train_batch_size * processes
+    per_epoch = steps_per_epoch(pairs, micro_batch, settings.gradient_accumulation_steps)
     return math.ceil(settings.epochs_per_iteration * per_epoch)
 
 

@@ -66,7 +66,7 @@ def _needed(files: RunFiles, all_models: bool) -> Iterator[Path]:
         if index in complete and (all_models or index == complete[-1]):
             yield from files.model(index).iterdir()
         elif index not in complete and (checkpoint := newest_checkpoint(files.checkpoints(index))):
-            yield from (path for path in checkpoint[0].rglob("*") if path.is_file())
+            yield from (path for path in checkpoint.rglob("*") if path.is_file())
 
 
 def _hold(source: str | Path, target: str | Path) -> None:

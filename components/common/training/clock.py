@@ -62,8 +62,9 @@ class Clock:
         finally:
             with self._lock:
                 del self._running[names]
+                seconds = time.perf_counter() - began
                 for name in names:
-                    self._seconds[name] += time.perf_counter() - began
+                    self._seconds[name] += seconds
 
     def add_seconds(self, part: str, seconds: float) -> None:
         """Adds seconds that were measured elsewhere to `seconds/PART`."""

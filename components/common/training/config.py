@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers import IntervalStrategy, TrainingArguments
 
 from components.common.core.conversations import Row, read_rows
 from components.common.core.errors import UserError
@@ -60,23 +61,29 @@ class TrainingStageConfig(StageConfig):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be {least} or more")
         self.num_processes = max(self.num_processes, 1)  # a pipeline hands over the number of its GPUs
-        self.model = self._start_model()
+        self.model = self._chosen_model()
 
-    def held_out_rows(self, eval_strategy: Any = "no") -> list[Row]:
+    def held_out_rows(self, eval_strategy: str = "no") -> list[Row]:
         """The first `eval_rows` held-out rows; none where the data stage held none out.
 
         Raises:
-            UserError: there are none, and `eval_strategy` (transformers' setting) wants some.
+            UserError: there are none, and `eval_strategy` (transformers' setting, one of its enum of strings) wants some.
         """
         rows = read_rows(self.data, "test")[: self.eval_rows] if self.eval_rows else []
-        strategy = getattr(eval_strategy, "value", eval_strategy)
-        if not rows and strategy != "no":
+        strategy = IntervalStrategy(eval_strategy)
+        if not rows and strategy != IntervalStrategy.NO:
             few = "eval_rows" if self.eval_rows == 0 else "the data stage's test_rows"
-            raise UserError(f"eval_strategy = {strategy} needs held-out rows; raise {few}, or set it to no")
+            raise UserError(f"eval_strategy = {strategy.value} needs held-out rows; raise {few}, or set it to no")
         return rows
 
-    def _start_model(self) -> str:
+    @property
+    def start_model(self) -> str:
         """The one directory to start from."""
+        assert isinstance(self.model, str)  # chosen when this was made
+        return self.model
+
+    def _chosen_model(self) -> str:
+        """The directory in `model` that `start` names."""
         if isinstance(self.model, str):
             if self.start is not None:
                 raise ValueError(
@@ -92,26 +99,28 @@ class TrainingStageConfig(StageConfig):
         return self.model[self.start]
 
     def log_directory(self) -> Path:
+        """Where curves, pairs and the training log go."""
         return Path(self.training_log) if self.training_log else Path(self.output) / "training"
 
 
-def stage_arguments(log_directory: Path) -> dict[str, Any]:
-    """Trainer arguments that a stage sets itself, and the place of TensorBoard's files."""
+def settle_process(log_directory: Path) -> None:
+    """Settles what a process has but one of, before it trains: the memory allocator's way, and TensorBoard's directory."""
     keep_freed_memory()
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(log_directory / "tensorboard")
-    return {"output_dir": str(log_directory), "disable_tqdm": True}
 
 
-def settle_device(args: Any) -> None:
+def settle_device(args: TrainingArguments) -> None:
     """Settles what depends on the machine, before transformers checks the arguments: `bf16` where it is None, and `use_cpu`
     where there is no GPU, without which transformers refuses bfloat16; and joins the processes of a launch on the CPU."""
     if args.bf16 is None:
         args.bf16 = not args.fp16 and has_fast_bfloat16()
     args.use_cpu = args.use_cpu or not torch.accelerator.is_available()
+
     if args.use_cpu and is_launched() and join_on_cpu():
-        given = args.accelerator_config or {}
+        given: Any = args.accelerator_config or {}
         given = given if isinstance(given, dict) else given.to_dict()
         args.accelerator_config = {**given, "use_configured_state": True}
+
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False  # every parameter is used: no search for others in each step
 

@@ -46,9 +46,10 @@ class TrainingProgress(TrainerCallback):
 
 
 def show_progress(trainer: Trainer, description: str) -> None:
-    """Replaces the trainer's printed dictionaries by one progress bar."""
+    """Replaces the trainer's printed dictionaries by one progress bar, of the first process."""
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(TrainingProgress(description))
+    if is_main_process():
+        trainer.add_callback(TrainingProgress(description))
 
 
 def final_evaluation(trainer: Trainer) -> dict[str, float]:
@@ -60,6 +61,7 @@ def final_evaluation(trainer: Trainer) -> dict[str, float]:
 
 
 def library_versions() -> dict[str, str]:
+    """Installed versions of the libraries that results may depend on, by name."""
     names = ("torch", "transformers", "trl", "accelerate", "deepspeed", "vllm")
     found = {}
     for name in names:
@@ -71,28 +73,26 @@ def library_versions() -> dict[str, str]:
 
 
 def write_training_log(
-    directory: Path, stage: str, name: str, trainer: Trainer, settings: dict[str, Any], summary: dict[str, float]
+    directory: Path, stage: str, name: str, state: TrainerState, settings: dict[str, Any], summary: dict[str, float]
 ) -> None:
-    """Writes `log_history.jsonl` and, last, `summary.json`: what the report stage reads."""
+    """Writes `log_history.jsonl` and, last, `summary.json`: what the report stage reads.
+
+    Args:
+        state: log entries and steps of the whole run.
+        settings: all of them, for the record.
+        summary: metrics at the end, by name.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(entry) for entry in trainer.state.log_history]
+    lines = [json.dumps(entry) for entry in state.log_history]
     (directory / "log_history.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     content = {
         "schema": 1,
         "stage": stage,
         "name": name,
-        "steps": trainer.state.global_step,
+        "steps": state.global_step,
         "seconds": summary.get("train_runtime"),
         "settings": settings,
         "versions": library_versions(),
         "summary": summary,
     }
     (directory / "summary.json").write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
-
-
-def show_progress_on_main_process(trainer: Any, description: str) -> None:
-    """One progress bar, of the first process."""
-    if is_main_process():
-        show_progress(trainer, description)
-    else:
-        trainer.remove_callback(PrinterCallback)

@@ -14,7 +14,7 @@ import torch
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # ORPO lives in trl.experimental; the version is pinned
 
 from datasets import Dataset, disable_progress_bars
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
@@ -23,6 +23,7 @@ from components.common.core.errors import UserError
 from components.common.models.chat_templates import encode_rows
 from components.common.stage.config import setting
 from components.common.training.config import settle_device
+from components.common.training.trainer import InterruptibleTrainer
 
 Loss = Literal["dpo", "orpo"]
 
@@ -122,24 +123,14 @@ class ORPOSettings(PreferenceSettings, ORPOConfig):  # type: ignore[misc]
     remove_unused_columns: bool = setting(False, "Stays off: TRL's collator takes columns that the model does not.")
 
 
-class _CountsTokens(Trainer):
-    """Counts the real tokens that this process ran through the policy."""
-
-    tokens_trained = 0
-
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        self.tokens_trained += sum(int(v.sum()) for k, v in inputs.items() if k.endswith("attention_mask"))
-        return super().training_step(model, inputs, num_items_in_batch)
-
-
-class PairDPOTrainer(_CountsTokens, DPOTrainer):
+class PairDPOTrainer(InterruptibleTrainer, DPOTrainer):
     """TRL's DPOTrainer on pairs that are tokens already."""
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset
 
 
-class PairORPOTrainer(_CountsTokens, ORPOTrainer):
+class PairORPOTrainer(InterruptibleTrainer, ORPOTrainer):
     """TRL's ORPOTrainer on pairs that are tokens already, in the columns that its collator takes."""
 
     def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, Any]:
@@ -154,7 +145,7 @@ def preference_trainer(
     train: Sequence[EncodedPair],
     evaluation: Sequence[EncodedPair] | None,
     tokenizer: PreTrainedTokenizerBase,
-) -> _CountsTokens:
+) -> InterruptibleTrainer:
     """TRL's trainer of a loss on these pairs.
 
     Args:

@@ -1,5 +1,4 @@
-"""What a stage on `transformers.Trainer` needs to be interrupted: checkpoints that are complete, a stop on SIGTERM, and a
-record that travels with the checkpoint: what the run is, and the seconds and tokens it took so far.
+"""From which checkpoint a run on `transformers.Trainer` goes on, and what travels with it: whose run it is, and what it took.
 
 The checkpoints are Trainer's own; it writes `trainer_state.json` last, so a directory without a readable one is an
 interrupted save.
@@ -8,27 +7,20 @@ interrupted save.
 import dataclasses
 import hashlib
 import json
-import logging
 import shutil
-import signal
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from components.common.core.errors import TERMINATED, UserError
+from components.common.core.errors import UserError
 from components.common.stage.config import setting
 from components.common.stage.outputs import check_output
 from components.common.stage.session import when_complete
+from components.common.training.clock import Clock
 from components.common.training.config import TrainingStageConfig
-
-logger = logging.getLogger(__name__)
 
 STATE = "trainer_state.json"
 # Settings that may differ after a resume, by prefix: they say where things go and how often, not what is computed.
@@ -135,102 +127,54 @@ def refuse_other_run(checkpoint: Path, saved: dict[str, Any], mine: dict[str, An
 
 
 class RunRecord(TrainerCallback, ExportableState):
-    """Seconds and tokens of a run over all its interruptions; kept in each checkpoint's `trainer_state.json`.
+    """What each `trainer_state.json` keeps besides Trainer's own state: whose run it is, its clock and its loss so far.
 
     Args:
-        started: `time.perf_counter()` of the stage's start.
-        identity: from `run_identity`.
-        trainer: counts the tokens in `tokens_trained` (of this process) or in TRL's `_total_train_tokens` (of all).
+        identity: from `run_identity`; none where something else says whose run it is.
     """
 
-    def __init__(self, started: float, identity: dict[str, Any], trainer: Trainer) -> None:
-        self.started, self.identity, self.trainer = started, identity, trainer
-        self.begun: float | None = None
-        self.seconds_before, self.tokens_before = 0.0, 0
-        self.tokens = 0
-        self.first_step: float | None = None
+    def __init__(self, trainer: Trainer, clock: Clock, identity: dict[str, Any] | None = None) -> None:
+        self.trainer = trainer
+        self.clock = clock
+        self.identity = identity
+        self.clock_state = clock.state_dict()
+        self.loss_before = 0.0  # summed over the steps of earlier processes
+        self.steps_before = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        callbacks: Any = state.stateful_callbacks or {}
-        saved = callbacks.get(type(self).__name__, {}).get("attributes", {})
-        self.seconds_before, self.tokens_before = saved.get("seconds", 0.0), saved.get("tokens", 0)
-        self.first_step = saved.get("first_step")
-        self.begun = time.perf_counter()
+        if not state.global_step:
+            return
+        saved = _record(state.stateful_callbacks)
+        self.clock.load_state_dict(saved["clock"])
+        self.loss_before, self.steps_before = saved["loss"], state.global_step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.tokens = self._tokens()
-        if self.first_step is None:
-            self.first_step = time.perf_counter() - self.started
-
-    def _tokens(self) -> int:
-        if (total := getattr(self.trainer, "_total_train_tokens", None)) is not None:
-            return int(total)
-        return _over_processes(self.trainer, getattr(self.trainer, "tokens_trained", 0))
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.seconds_before, self.begun = self._seconds(), None
-
-    def _seconds(self) -> float:
-        return self.seconds_before + (time.perf_counter() - self.begun if self.begun is not None else 0.0)
+        self.clock.first_step()
+        # Here, as all processes have part in it; `state` is asked of the first one alone.
+        self.clock_state = self.clock.state_dict()
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        attributes = {"identity": self.identity, "seconds": self._seconds(), "first_step": self.first_step}
-        return {"args": {}, "attributes": {**attributes, "tokens": self.tokens_before + self.tokens}}
+        return {
+            "args": {},
+            "attributes": {"identity": self.identity, "clock": self.clock_state, "loss": self._loss_so_far()},
+        }
 
-    def summary(self) -> dict[str, float]:
-        """For the training log. `seconds/train` is the training loop with its evaluations and saves; `seconds/first_step`
-        runs from the stage's start (imports, loading, tokenising) to the end of the first optimizer step."""
-        values = {"seconds/train": self._seconds(), "tokens/trained": float(self.tokens_before + self.tokens)}
-        return values | ({} if self.first_step is None else {"seconds/first_step": self.first_step})
+    def _loss_so_far(self) -> float:
+        """Summed over all steps of the run. Trainer asks before it trains too, when it has no sum yet."""
+        logged, newer = (getattr(self.trainer, name, 0.0) for name in ("_total_loss_scalar", "_tr_loss"))
+        return self.loss_before + logged + float(newer)
 
-
-class StopOnSigterm(TrainerCallback):
-    """Ends training after the step in which any process got SIGTERM, with a checkpoint of it."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self.requested = False
-        self.stopped = False
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if _over_processes(self.trainer, int(self.requested)):
-            self.stopped = state.global_step < state.max_steps
-            control.should_save = control.should_training_stop = True
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Listens for SIGTERM within the block."""
-
-        def request(*_: object) -> None:
-            self.requested = True
-
-        before = signal.signal(signal.SIGTERM, request)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
+    def train_loss(self, metrics: dict[str, float]) -> float:
+        """The mean over all steps of the run, from that over the steps of this process, which `Trainer.train` gives."""
+        if not self.steps_before:
+            return metrics["train_loss"]
+        steps = self.trainer.state.global_step
+        return (self.loss_before + metrics["train_loss"] * (steps - self.steps_before)) / steps
 
 
-def train_to_end(trainer: Trainer, record: RunRecord, checkpoint: Path | None) -> dict[str, float]:
-    """Trains from the start or a checkpoint; returns the metrics with the record's. SIGTERM saves and exits with 143."""
-    stop = StopOnSigterm(trainer)
-    for callback in (record, stop):
-        trainer.add_callback(callback)
-    with stop.listening():
-        summary = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
-    if stop.stopped:
-        logger.info("stopped after step %d and saved; the same command goes on from there", trainer.state.global_step)
-        sys.exit(TERMINATED)
-    return summary | record.summary()
-
-
-def _over_processes(trainer: Trainer, value: int) -> int:
-    """The sum of a number over all processes; the number itself where there is one."""
-    if trainer.args.world_size == 1:
-        return value
-    return int(trainer.accelerator.reduce(torch.tensor(value, device=trainer.args.device)))
+def _record(stateful_callbacks: Any) -> dict[str, Any]:
+    """What `RunRecord` has put among the callbacks of a `trainer_state.json`; empty where it was not there."""
+    return (stateful_callbacks or {}).get(RunRecord.__name__, {}).get("attributes", {})

@@ -152,8 +152,8 @@ CHILD = """
 import json, sys, tempfile
 import numpy as np
 from pathlib import Path
-from components.common.models import load_model, load_tokenizer
-from components.common.training import stage_arguments
+from components.common.models.loading import load_model, load_tokenizer
+from components.common.training.config import settle_process
 from components.sapo.config import SAPOConfig
 from components.sapo.trainer import SAPOTrainer
 from transformers import AutoConfig
@@ -168,7 +168,7 @@ random = np.random.default_rng(0)
 rows = [{"id": str(i), "prompt_ids": random.integers(5, 999, 200).tolist(), "chosen_ids": random.integers(5, 999, 100).tolist()}
         for i in range(4)]
 output = tempfile.mkdtemp()
-stage_arguments(Path(output))
+settle_process(Path(output))
 args = SAPOConfig(output_dir=output, per_device_train_batch_size=2, segment_length=64, max_new_tokens=16, max_steps=2,
                   save_strategy="no", report_to="none", bf16=False, use_cpu=True, gradient_checkpointing=checkpointing,
                   disable_tqdm=True)

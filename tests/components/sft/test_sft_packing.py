@@ -6,8 +6,9 @@ from datasets import Dataset
 from trl import SFTTrainer
 
 from components.common.models.loading import load_model, load_tokenizer
-from components.sft.__main__ import _sequences, _steps
+from components.common.training.steps import steps_of_run
 from components.sft.config import SFTSettings
+from components.sft.stage import ResponseSFTTrainer, count_sequences
 
 LENGTHS = [(3, 9), (5, 4), (2, 17), (6, 6), (4, 12)]  # prompt, response
 
@@ -54,9 +55,20 @@ def test_loss_and_gradients_equal_those_of_the_responses_one_by_one(packing, row
 def test_the_plan_counts_packed_rows(rows, tmp_path):
     args = settings(tmp_path, num_train_epochs=3)
     tokens = sum(p + r for p, r in LENGTHS)
-    assert tokens / args.max_length <= (sequences := _sequences(rows, args)) < len(rows)
-    assert _steps(sequences, args) == 3 * -(-sequences // 2)
-    assert _sequences(rows, settings(tmp_path, packing=False)) == len(rows)
+    assert tokens / args.max_length <= (sequences := count_sequences(rows, args)) < len(rows)
+    assert steps_of_run(sequences, args, processes=1)[0] == 3 * -(-sequences // 2)
+    assert count_sequences(rows, settings(tmp_path, packing=False)) == len(rows)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_tokens_are_counted_as_trl_counts_them(packing, rows, micro_model, tmp_path):
+    """Without padding, packed or not; a clock adds them up over interruptions, which TRL's counter does not."""
+    args = settings(tmp_path, packing=packing, num_train_epochs=1)
+    model, tokenizer = load_model(str(micro_model), torch.float32), load_tokenizer(str(micro_model))
+    trainer = ResponseSFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    assert trainer.clock.summary()["tokens/trained"] == sum(p + r for p, r in LENGTHS)
+    assert trainer._total_train_tokens == sum(p + r for p, r in LENGTHS)
 
 
 def test_packing_that_mixes_samples_is_refused(tmp_path):

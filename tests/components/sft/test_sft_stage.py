@@ -78,14 +78,10 @@ def test_resumed_equals_uninterrupted(tmp_path, chat_data, micro_model):
 
 
 def test_prompt_tokens_carry_no_loss(chat_data, micro_model):
-    from components.common.training.config import TrainingStageConfig
-    from components.sft.__main__ import _dataset
-    from components.sft.config import SFTSettings
+    from components.sft.stage import masked_rows
 
     tokenizer = load_tokenizer(str(micro_model))
-    stage = TrainingStageConfig(data=str(chat_data), model=str(micro_model), output="x")
-    args = SFTSettings(output_dir="x", max_length=96, report_to="none")
-    row = _dataset(tokenizer, stage, args, read_rows(str(chat_data), "train")[:1])[0][0]
+    (row,), _ = masked_rows(tokenizer, read_rows(str(chat_data), "train")[:1], max_prompt_length=96, max_length=96)
     text = tokenizer.decode([t for t, m in zip(row["input_ids"], row["completion_mask"], strict=True) if m])
     assert text == "I heard that my dog likes the old car, and we laughed.<|im_end|>"
 

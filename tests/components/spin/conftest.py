@@ -1,7 +1,7 @@
 """A run of SPIN on the micro model, in memory: what the tests interrupt, resume and compare."""
 
+import json
 import random
-import time
 from pathlib import Path
 
 import pytest
@@ -10,9 +10,11 @@ import torch
 from components.common.core.conversations import read_rows
 from components.common.models.chat_templates import encode_rows
 from components.common.models.loading import load_tokenizer
-from components.spin.clock import Clock
+from components.common.training.clock import Clock
+from components.common.training.stop import StopRequest
 from components.spin.config import SPINSettings
 from components.spin.files import RunFiles
+from components.spin.inputs import SPINInputs
 from components.spin.iterations import SPINRun
 
 SMALL = {
@@ -54,7 +56,10 @@ def build(micro_model, chat_data, settings):
         others = encode_rows(tokenizer, read_rows(chat_data, "test"), 64, config.max_length)[0][:held_out]
         files = RunFiles(directory)
         files.root.mkdir(parents=True, exist_ok=True)
-        clock = Clock(files.clock, time.perf_counter())
-        return SPINRun(str(micro_model), tokenizer, rows, others, config, files, directory / "training", clock)
+        clock = Clock()
+        if files.clock.exists():
+            clock.load_state_dict(json.loads(files.clock.read_text()))
+        inputs = SPINInputs(str(micro_model), tokenizer, rows, others, config, files, directory / "training")
+        return SPINRun(inputs, clock, StopRequest())
 
     return make

@@ -72,13 +72,13 @@ def test_nothing_is_left_to_do(settings, tmp_path):
 
 def test_real_responses_depend_on_seed_and_iteration_and_end_with_a_stop_token(build, tmp_path):
     run = build(tmp_path, max_new_tokens=30)
-    stops = stop_ids(run.model, run.tokenizer)
+    stops = stop_ids(run.inputs.model, run.inputs.tokenizer)
     drawn = {}
-    with open_sampler(run.model, run.tokenizer, run.settings) as sampler:
+    with open_sampler(run.inputs.model, run.inputs.tokenizer, run.inputs.settings) as sampler:
         for name, iteration in (("first", 0), ("again", 0), ("next", 1)):
             path = tmp_path / f"{name}.jsonl"
-            generate(sampler, run.train_rows, path, iteration, run.settings)
-            drawn[name] = [pair["rejected_ids"] for pair in read_pairs(path, run.train_rows)]
+            generate(sampler, run.inputs.train_rows, path, iteration, run.inputs.settings)
+            drawn[name] = [pair["rejected_ids"] for pair in read_pairs(path, run.inputs.train_rows)]
     assert drawn["first"] == drawn["again"]
     assert drawn["first"] != drawn["next"]
     for response in drawn["first"]:

@@ -44,7 +44,7 @@ def test_steps_are_those_that_the_trainer_takes(build, tmp_path, batch, accumula
     changed = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
     run = build(tmp_path, epochs_per_iteration=epochs, iterations=1, learning_rates=[1e-3], betas=[0.1], **changed)
     run.run()
-    assert run.files.result(0)["steps"] == steps_of(schedule(run.settings)[0], 12, run.settings)
+    assert run.inputs.files.result(0)["steps"] == steps_of(schedule(run.inputs.settings)[0], 12, run.inputs.settings)
 
 
 def test_first_steps_count_over_the_run(settings):

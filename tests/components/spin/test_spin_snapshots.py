@@ -27,7 +27,7 @@ def files(tmp_path) -> RunFiles:
         checkpoint.mkdir(parents=True)
         (checkpoint / "model.safetensors").write_bytes(bytes(step))
         if step != 6:
-            mark_checkpoint(checkpoint, tokens_trained=step)
+            mark_checkpoint(checkpoint)
     return files
 
 
@@ -103,21 +103,21 @@ class KilledError(Exception):
 @pytest.mark.parametrize("moment", [6, 10])  # in iteration 0 while it trains, in iteration 1 while it generates
 def test_a_run_goes_on_from_its_snapshot_to_the_same_weights(moment, build, tmp_path):
     def save(run) -> None:
-        snapshots.save(run.files, all_models=False)
-        if snapshots._number(run.files.root) == moment:
+        snapshots.save(run.inputs.files, all_models=False)
+        if snapshots._number(run.inputs.files.root) == moment:
             raise KilledError
 
     whole, run = build(tmp_path / "whole", held_out=4), build(tmp_path / "cut", held_out=4)
     whole.run()
-    write_json(run.files.run, {})
+    write_json(run.inputs.files.run, {})
     run.save = functools.partial(save, run)
     with pytest.raises(KilledError):
         run.run()
     files = RunFiles(tmp_path / "other-disk")
-    shutil.copytree(run.files.snapshots, files.snapshots)
+    shutil.copytree(run.inputs.files.snapshots, files.snapshots)
     snapshots.adopt(files)
     again = build(files.output, held_out=4)
     again.save = functools.partial(snapshots.save, files, all_models=False)
     again.run()
-    trained = [done.files.model(1) / "model.safetensors" for done in (whole, again)]
+    trained = [done.inputs.files.model(1) / "model.safetensors" for done in (whole, again)]
     assert trained[0].read_bytes() == trained[1].read_bytes()

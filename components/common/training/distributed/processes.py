@@ -1,4 +1,7 @@
-"""A stage in several processes (`accelerate launch -m components.dpo ...`): the first one writes and reports, all train."""
+"""A stage in several processes: all of them train, the first one writes and reports. In a single process all of this is free.
+
+Whatever gathers or waits must be called by every process, in the same order.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -33,37 +36,45 @@ def on_main_process(action: Callable[..., Item], *arguments: Any) -> Item:
 
 
 def gather(items: list[Item]) -> list[Item]:
-    """The items of every process, in the order of processes; each process must call this, and gets them all."""
-    return gather_object(items) if dist.is_initialized() and dist.get_world_size() > 1 else items
+    """The items of every process, in the order of processes; each process gets them all."""
+    return gather_object(items) if _are_several() else items
 
 
 def barrier() -> None:
     """Returns when every process has come here."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if _are_several():
         dist.barrier()
 
 
-def all_reduce_sum(value: int, device: torch.device) -> int:
-    """The sum of a number over all processes; the number itself where there is one."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+def all_reduce_sum(value: int, device: torch.device | None = None) -> int:
+    """The sum of a number over all processes.
+
+    Args:
+        device: where to add up; default: this process's own.
+    """
+    if not _are_several():
         return value
-    total = torch.tensor(value, device=device)
+    total = torch.tensor(value, device=device or PartialState().device)
     dist.all_reduce(total)
     return int(total)
 
 
+def any_process(value: bool) -> bool:
+    """Whether something holds in any process."""
+    return all_reduce_sum(int(value)) > 0
+
+
 def prepare_output_on_main_process(directory: str, overwrite: bool) -> Path:
-    """`prepare_output` in one process, while the others, which have looked at the directory too, wait."""
-    processes = PartialState()
-    processes.wait_for_everyone()
-    if processes.is_main_process:
-        prepare_output(directory, overwrite)
-    processes.wait_for_everyone()
-    return Path(directory)
+    """`prepare_output` in one process, once all of them have looked at the directory; returns when it is made."""
+    barrier()
+    return on_main_process(prepare_output, directory, overwrite)
 
 
 def destroy_process_group() -> None:
     """Ends the group of processes when all are done; without it a launch may end with an error."""
-    processes = PartialState()
-    processes.wait_for_everyone()
-    processes.destroy_process_group()
+    barrier()
+    PartialState().destroy_process_group()
+
+
+def _are_several() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
