@@ -102,7 +102,7 @@ def test_tokens_are_counted_without_padding(loss, micro_model, tokenizer, tmp_pa
     trainer = make_trainer(loss, micro_model, tokenizer, tmp_path, pairs, **settings)
     trainer.train()
     lengths = (2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in pairs)
-    assert trainer.tokens_trained == 2 * sum(lengths)
+    assert trainer.clock.summary() == {"tokens/trained": 2 * sum(lengths)}
 
 
 def test_dpo_needs_a_reference_and_orpo_has_none(micro_model, tokenizer, tmp_path):
