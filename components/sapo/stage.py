@@ -70,6 +70,9 @@ class SAPOStage(TrainerStage[SAPOConfig, EncodedRow]):
     def train(self, checkpoint: Path | None) -> dict[str, float]:
         try:
             metrics = self.run_trainer(checkpoint)
+            if checkpoint and "train_loss" in metrics:
+                # The trainer goes on with the sum of the whole run; `Trainer` divides it by the steps of this process.
+                metrics["train_loss"] = self.trainer._total_loss_scalar / self.trainer.state.global_step
             return metrics | self.trainer.wall_clock()
         finally:
             if close := getattr(self.trainer.sampler, "close", None):  # an engine in processes of its own

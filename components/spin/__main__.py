@@ -16,7 +16,7 @@ from components.common.training.clock import Clock
 
 
 def main(argv: Sequence[str]) -> None:
-    clock = Clock()  # before torch is imported
+    clock = Clock()  # before torch is imported: that counts too
     from components.common.training.skeleton import run_training
     from components.spin.stage import SPINStage
 

@@ -165,6 +165,8 @@ def test_a_stopped_process_goes_on_to_the_same_weights(number, tmp_path, chat_da
     mine, theirs = state(cut / "out"), state(whole / "out")
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     assert (cut / "log" / "pairs.jsonl").read_text() == (whole / "log" / "pairs.jsonl").read_text()
+    losses = [json.loads((run / "log" / "summary.json").read_text())["summary"]["train_loss"] for run in (cut, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert not (cut / "out" / "checkpoints").exists()
 
 
