@@ -16,14 +16,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from components.common.core.errors import TERMINATED, UserError
-from components.common.stage.config import setting
+from components.common.stage.config import Resumption, setting
 from components.common.stage.outputs import check_output
 from components.common.stage.session import when_complete
 from components.common.training.config import TrainingStageConfig
@@ -43,8 +43,14 @@ FREE = (
 class ResumableStageConfig(TrainingStageConfig):
     """Where a training stage reads and writes, and how it resumes. OUTPUT with checkpoints in it is resumed by itself."""
 
-    resume_from: str | None = setting(None, "Checkpoint to go on from; default: the newest in OUTPUT/checkpoints.")
-    keep_checkpoints: bool = setting(False, "Leave OUTPUT/checkpoints in place when the run is complete.")
+    resumption: ClassVar = Resumption(marker=STATE, log=("training_log", "training"))
+
+    resume_from: str | None = setting(
+        None, "Checkpoint to go on from; default: the newest in OUTPUT/checkpoints.", role=Role.OPERATION
+    )
+    keep_checkpoints: bool = setting(
+        False, "Leave OUTPUT/checkpoints in place when the run is complete.", role=Role.OPERATION
+    )
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
