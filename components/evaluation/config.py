@@ -21,9 +21,7 @@ class EvaluationConfig(JudgedConfig, StageConfig):
 
     resumption: ClassVar = Resumption(marker=SETTINGS, from_output=True, at_any_moment=True, extends="resume")
 
-    model: str = setting(
-        REQUIRED, "Hugging Face directory to score (output of model, sft or sapo).", role=Role.INPUT
-    )
+    model: str = setting(REQUIRED, "Hugging Face directory to score (output of model, sft or sapo).", role=Role.INPUT)
     data: str | None = setting(
         None,
         "Output of the data stage, for held_out: test.jsonl is scored, train.jsonl makes the unigram baseline.",

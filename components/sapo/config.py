@@ -108,9 +108,7 @@ class SAPOConfig(TrainerSettings, TrainingArguments):
     lora_r: int = setting(32, "Rank of the adapter.")
     lora_alpha: int = setting(64, "Scale of the adapter's product, times 1 / lora_r.")
     lora_target_modules: str | list[str] = setting("all-linear", "Layers that get an adapter, by name.")
-    lora_adapter: str | None = setting(
-        None, "Directory of an adapter to start from; none: a new one.", role=Role.INPUT
-    )
+    lora_adapter: str | None = setting(None, "Directory of an adapter to start from; none: a new one.", role=Role.INPUT)
     load_in_4bit: bool = setting(
         False, "Hold the base in 4 bits (bitsandbytes, NF4); needs use_peft and the hf sampler."
     )
@@ -119,9 +117,7 @@ class SAPOConfig(TrainerSettings, TrainingArguments):
     )
 
     # What is written down, and where
-    log_dir: str | None = setting(
-        None, "Directory of pairs.jsonl; default: output_dir.", role=Role.OUTPUT_DIRECTORY
-    )
+    log_dir: str | None = setting(None, "Directory of pairs.jsonl; default: output_dir.", role=Role.OUTPUT_DIRECTORY)
     pairs_per_log: int = setting(2, "Pairs written to pairs.jsonl at each logging step.", role=Role.OPERATION)
 
     # Inherited, with other defaults

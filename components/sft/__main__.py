@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
     tokenizer = load_tokenizer(stage.model)
     train, dropped = _dataset(tokenizer, stage, args, read_rows(stage.data, "train"))
     evaluation = _dataset(tokenizer, stage, args, held_out)[0] if held_out else None
-    identity = run_identity(args, train)
+    identity = run_identity(stage, args, train, evaluation, _sequences(train, args))
     if checkpoint:
         check_identity(checkpoint, identity)
     if is_main_process():

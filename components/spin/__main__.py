@@ -73,12 +73,11 @@ def _check_settings(settings: Any) -> None:
 def _files(stage: Any, settings: Any, train: Any, held_out: Any) -> Any:
     """The places of the run, after a check that they are free or of this very run; writes unless it is a dry run."""
     from components.common.training.distributed.processes import on_main_process, prepare_output_on_main_process
-    from components.common.training.log import library_versions
     from components.spin import snapshots
     from components.spin.files import RunFiles, check_identity, identity
 
     files = RunFiles(Path(stage.output))
-    mine = identity(dataclasses.asdict(settings), train, held_out, Path(stage.model))
+    mine = identity(stage, settings, train, held_out)
     if not (stage.overwrite or stage.dry_run):
         on_main_process(snapshots.adopt, files)
     if files.run.exists() and not stage.overwrite:
@@ -93,7 +92,7 @@ def _files(stage: Any, settings: Any, train: Any, held_out: Any) -> Any:
     check_output(stage.output, stage.overwrite or leftovers)
     if not stage.dry_run:
         prepare_output_on_main_process(stage.output, overwrite=True)
-        on_main_process(_begin, files, {**mine, "versions": library_versions()})
+        on_main_process(_begin, files, mine)
     return files
 
 

@@ -1,15 +1,16 @@
 """Whether two runs are the same: what their results depend on, and how that is compared.
 
 Each setting has a role, given where it is declared. A run's identity is a record in JSON: the values of the settings that
-count, as they are after defaults are filled in and machine-dependent ones settled, and a digest of each input. It lies beside
-checkpoints, in an output's manifest and in the lease of an output in a bucket; all are compared here and refused in one wording.
+count, as they are after defaults are filled in and machine-dependent ones settled, and a digest of each input. It lies in
+checkpoints, in an output's manifest and in the lease of an output in a bucket. All are compared here, with one
+wording for the refusal.
 """
 
 import dataclasses
 import enum
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 from components.common.core.errors import UserError
@@ -47,7 +48,7 @@ class Identity(TypedDict):
     Attributes:
         schema: of the record.
         settings: by name, those that the result depends on, and what indirect ones come to.
-        contents: of each input, by name, what tells its content from another's.
+        contents: of each input, by name, what tells its content from another's; None where it was not looked at.
         scope: by name, settings that count once the output is complete.
         versions: of packages, by name; written down, never compared.
     """
@@ -132,11 +133,11 @@ def identity_of(
     }
 
 
-def digest_of_rows(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
-    """A digest of some columns of the rows, in their order."""
+def digest_of_rows(rows: Iterable[Any], columns: Sequence[str] | None = None) -> str:
+    """A digest of rows in their order; of some columns, or of all."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps([row[name] for name in names]).encode())
+        digest.update(json.dumps([row[name] for name in columns or sorted(row)]).encode())
     return digest.hexdigest()
 
 
@@ -161,8 +162,8 @@ def differences(saved: Identity, mine: Identity, complete: bool = False) -> list
     if complete:
         found += _changed(saved["scope"], mine["scope"])
     before, now = saved["contents"], mine["contents"]
-    found += [f"other {name}" for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
-    return found
+    known = [name for name in sorted({*before, *now}) if None not in (before.get(name, ""), now.get(name, ""))]
+    return found + [f"other {name}" for name in known if before.get(name) != now.get(name)]
 
 
 def refuse_other_run(place: Any, saved: Any, mine: Identity, complete: bool = False) -> None:

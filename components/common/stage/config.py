@@ -49,7 +49,7 @@ class Resumption:
 class StageConfig:
     """Settings that every stage has."""
 
-    # None for a stage that is through in minutes, and begins anew. Of a stage's config classes the last one that says it counts.
+    # None for a stage that is through in minutes, and begins anew. Of a stage's config classes the last that says it counts.
     resumption: ClassVar[Resumption | None] = None
 
     output: str = setting(

@@ -146,4 +146,3 @@ def _put_if(place: Location, content: dict[str, Any], conditions: dict[str, str]
         if code_of(error) != "NotImplemented":
             raise
         return connect().put_object(**target)["ETag"]
-

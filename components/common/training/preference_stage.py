@@ -58,7 +58,7 @@ def run(loss: Loss, settings: type, description: str, argv: Sequence[str], start
     tokenizer = load_tokenizer(stage.model)
     train, dropped = _pairs(tokenizer, stage, args, read_rows(stage.data, "train"))
     evaluation = _pairs(tokenizer, stage, args, held_out)[0] if held_out else None
-    identity = run_identity(args, train)
+    identity = run_identity(stage, args, train, evaluation)
     if checkpoint:
         check_identity(checkpoint, identity)
     if is_main_process():

@@ -1,7 +1,7 @@
 """What the result has to do with the settings that transformers and TRL have declared, and what the indirect ones come to.
 
-Each field of `TrainingArguments`, `SFTConfig`, `DPOConfig` and `ORPOConfig` stands here by name; a test fails when a new version
-brings another. Until it has a role, it counts as one that the result depends on.
+Each field of `TrainingArguments`, `SFTConfig`, `DPOConfig` and `ORPOConfig` stands here by name. A test fails when a new
+version brings another; until it has a role, it counts as one that the result depends on.
 """
 
 import os
