@@ -9,14 +9,15 @@ from components.common.storage import manifest
 
 
 def contents(values: Mapping[str, Any], roles: Mapping[str, Role]) -> dict[str, Any]:
-    """For each input that is given, its value with a digest in place of each location.
+    """For each input that is given, its value with a digest in place of each location; one by name is that location.
 
     Args:
         values: settings by name.
         roles: of settings, by name.
     """
     names = (name for name, role in roles.items() if role == Role.INPUT)
-    return {name: mapped(values[name], content_of) for name in names if values.get(name) not in (None, [], ())}
+    found = {name: mapped(values[name], content_of) for name in names if values.get(name) not in (None, [], ())}
+    return {n: next(iter(v.values())) if isinstance(v, dict) and len(v) == 1 else v for n, v in found.items()}
 
 
 def content_of(text: str) -> str:

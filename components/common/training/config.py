@@ -78,9 +78,7 @@ class TrainingStageConfig(StageConfig):
     def inputs_named(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Of several models the one to start from: the others need not be fetched, and do not count."""
         models, start = values.get("model"), values.get("start")
-        if not isinstance(models, dict) or start not in models:
-            return values
-        return {name: value for name, value in values.items() if name != "start"} | {"model": models[start]}
+        return values | {"model": {start: models[start]}} if isinstance(models, dict) and start in models else values
 
     def held_out_rows(self, eval_strategy: Any = "no") -> list[Row]:
         """The first `eval_rows` held-out rows; none where the data stage held none out.
