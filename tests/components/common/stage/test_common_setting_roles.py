@@ -83,11 +83,14 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "test_source_split": {"test_source": "t.jsonl"},
     "eval_packing": {"packing": True},
     "dataloader_prefetch_factor": {"dataloader_num_workers": 1},
+    "nll_scope": {"loss_type": "orpo"},
+    "schedule": {"use_peft": False, "lora_adapter": None},
 }
 
 # Settings that change along with another one.
 ALONG: dict[str, dict[str, Any]] = {
     "iterations": {"learning_rates": [1e-3], "betas": [0.1], "orpo_lambdas": [0.1]},
+    "use_peft": {"lora_adapter": None},
 }
 
 
