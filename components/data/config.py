@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
+from components.common.core.identity import Role
 from components.common.stage.config import REQUIRED, StageConfig, setting
 from components.common.storage.locations import scheme, split_hub
 
@@ -19,6 +20,7 @@ class DataConfig(StageConfig):
         "Where the conversations come from: a .jsonl, .json or .parquet file, a directory of such files, "
         f"hf://owner/name[@revision], or {CHITCHAT}.",
         paper="hf://argilla/distilabel-capybara-dpo-7k-binarized",
+        role=Role.INPUT,
     )
     source_split: str | None = setting(
         None, "For a directory or a hub data set: read only the files named after this split, e.g. train_sft."
@@ -31,7 +33,9 @@ class DataConfig(StageConfig):
         500,
         "Rows to hold out, at most; below 1 the share of usable rows; conversations are held out whole. 0 for none.",
     )
-    test_source: str | None = setting(None, "Take the held-out rows from here instead of from `source`.")
+    test_source: str | None = setting(
+        None, "Take the held-out rows from here instead of from `source`.", role=Role.INPUT
+    )
     test_source_split: str | None = setting(None, "`source_split` of `test_source`, e.g. test_sft.")
     seed: int = setting(42, "Another seed is another split and another order.")
     max_rows: int | None = setting(None, "Keep at most this many training rows.")
@@ -53,7 +57,7 @@ class DataConfig(StageConfig):
         "of the same split. none adds nothing.",
     )
     max_rejected_share: float = setting(0.05, "Stop when more than this share of the rows is broken (0 to 1).")
-    report_file: str | None = setting(None, "Also write report.md to this file.")
+    report_file: str | None = setting(None, "Also write report.md to this file.", role=Role.OUTPUT_FILE)
 
     def __post_init__(self) -> None:
         for name in ("source", "test_source"):

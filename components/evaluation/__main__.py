@@ -44,6 +44,8 @@ def main(argv: Sequence[str]) -> None:
     from components.evaluation.harness import pick_device
 
     device, dtype = pick_device(config)
+    if config.resume:
+        results.check_resumable(config, dtype)
     plans = {name: load_benchmark(name).check(name, config) for name in config.benchmarks}
     for name, plan in plans.items():
         logger.info("%s: %s; %s on %s", name, plan, dtype, device)
@@ -53,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
 
     output = Path(config.output) if config.resume else prepare_output(config.output, config.overwrite)
     output.mkdir(parents=True, exist_ok=True)
-    results.start(output, config)
+    results.start(output, config, dtype)
     name = config.name or Path(config.model).resolve().name
     outcomes = run_benchmarks(config, Context(name, output, device, dtype))
     settings = config.recorded() | {"device": device, "dtype": dtype}
@@ -88,8 +90,6 @@ def _check_output(config: EvaluationConfig) -> None:
         check_output(config.output, config.overwrite)
     elif Path(config.output).exists() and not Path(config.output).is_dir():
         raise UserError(f"--output {config.output}: is a file; give a directory")
-    else:
-        results.check_resumable(config)
 
 
 if __name__ == "__main__":

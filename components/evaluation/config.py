@@ -2,32 +2,39 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from components.common.stage.config import REQUIRED, StageConfig, setting
+from components.common.core.identity import Role
+from components.common.stage.config import REQUIRED, Resumption, StageConfig, setting
 from components.evaluation.benchmarks import LEADERBOARD, MODULES
 from components.evaluation.judged_config import JudgedConfig
 
-# Settings that say where things go or how fast they go; a resumed run may change them.
-STAGE = {field.name for field in dataclasses.fields(StageConfig)}
-FREE = STAGE | {"resume", "name", "benchmarks", "device", "batch_size", "gpu_memory_utilization"}
-FREE |= {"judge_base_url", "judge_key_variable", "judge_concurrency", "judge_retries", "judge_timeout", "judge_prices"}
-HIDDEN = STAGE - {"output"} | {"resume"}
+# The record of an output's run; it is written first, so a stage can go on in an output that has it.
+SETTINGS = "settings.json"
+# Settings that results.json does not list.
+HIDDEN = {field.name for field in dataclasses.fields(StageConfig)} - {"output"} | {"resume"}
 
 
 @dataclass(kw_only=True)
 class EvaluationConfig(JudgedConfig, StageConfig):
     """Settings of the evaluation stage."""
 
-    model: str = setting(REQUIRED, "Hugging Face directory to score (output of model, sft or sapo).")
+    resumption: ClassVar = Resumption(marker=SETTINGS, from_output=True, at_any_moment=True, extends="resume")
+
+    model: str = setting(REQUIRED, "Hugging Face directory to score (output of model, sft or sapo).", role=Role.INPUT)
     data: str | None = setting(
-        None, "Output of the data stage, for held_out: test.jsonl is scored, train.jsonl makes the unigram baseline."
+        None,
+        "Output of the data stage, for held_out: test.jsonl is scored, train.jsonl makes the unigram baseline.",
+        role=Role.INPUT,
     )
-    name: str | None = setting(None, "What the report calls this model; none: the name of its directory.")
+    name: str | None = setting(
+        None, "What the report calls this model; none: the name of its directory.", role=Role.SCOPE
+    )
     benchmarks: tuple[str, ...] = setting(
         ("held_out",),
         f"What to run: {', '.join(MODULES)}; `leaderboard` is {', '.join(LEADERBOARD)}.",
         "leaderboard, ifeval, mt_bench, alpaca_eval",
+        role=Role.SCOPE,
     )
     limit: int | None = setting(
         None, "Use this many documents of each benchmark (of each MMLU subject), its first ones; none: all.", "all"
@@ -35,16 +42,22 @@ class EvaluationConfig(JudgedConfig, StageConfig):
     engine: Literal["hf", "vllm"] = setting(
         "hf", "What computes answers: Hugging Face transformers, or vLLM. held_out always takes transformers."
     )
-    batch_size: int = setting(8, "Prompts per forward pass; those of held_out have four replies each.")
+    batch_size: int = setting(
+        8, "Prompts per forward pass; those of held_out have four replies each.", role=Role.OPERATION
+    )
     max_length: int | None = setting(
         None, "Window in tokens, never more than the model's own; longer prompts keep their end. None: the model's own."
     )
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "Where to run; `auto` takes a GPU if there is one.")
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "auto", "Where to run; `auto` takes a GPU if there is one.", role=Role.OPERATION
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "Type of the weights; `auto`: float32 on the CPU, bfloat16 on a GPU. Log-probabilities are float32."
     )
-    gpu_memory_utilization: float = setting(0.85, "Share of a GPU's memory that vLLM takes. No effect on the CPU.")
-    tensor_parallel_size: int = setting(1, "GPUs that share the model in vLLM.")
+    gpu_memory_utilization: float = setting(
+        0.85, "Share of a GPU's memory that vLLM takes. No effect on the CPU.", role=Role.OPERATION
+    )
+    tensor_parallel_size: int = setting(1, "GPUs that share the model in vLLM.", role=Role.OPERATION)
     apply_chat_template: bool | None = setting(
         None,
         "Render the prompts of the leaderboard and IFEval with the chat template; none: IFEval's only, as the "
@@ -54,14 +67,19 @@ class EvaluationConfig(JudgedConfig, StageConfig):
         True, "With the chat template, examples are earlier turns of the conversation; else part of the question."
     )
     task_path: str | None = setting(
-        None, "Directory of lm-eval task YAMLs that replace the package's tasks of the same name."
+        None,
+        "Directory of lm-eval task YAMLs that replace the package's tasks of the same name.",
+        role=Role.INPUT,
     )
     task_data: str | None = setting(
-        None, "Directory with copies of the tasks' data sets, as owner/name; none: the hub, or its cache."
+        None,
+        "Directory with copies of the tasks' data sets, as owner/name; none: the hub, or its cache.",
+        role=Role.INPUT,
     )
     nltk_data: str = setting(
         "pypi://llama-index-core",
         "Where IFEval finds NLTK's punkt_tab if NLTK does not: a directory, or a package that carries it.",
+        role=Role.INPUT,
     )
     seed: int = setting(
         42, "Seed of held_out's wrong replies and of sampled answers; models compare under equal seeds only."
@@ -69,6 +87,7 @@ class EvaluationConfig(JudgedConfig, StageConfig):
     resume: bool = setting(
         False,
         "Go on in a finished output, such as with more benchmarks; one that an interrupted run left is gone on with by itself.",
+        role=Role.OPERATION,
     )
 
     def __post_init__(self) -> None:
@@ -95,7 +114,3 @@ class EvaluationConfig(JudgedConfig, StageConfig):
     def recorded(self) -> dict[str, Any]:
         """The settings as results.json lists them."""
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in HIDDEN}
-
-    def identity(self) -> dict[str, Any]:
-        """The settings that a resumed run must share."""
-        return {key: value for key, value in dataclasses.asdict(self).items() if key not in FREE}

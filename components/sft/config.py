@@ -7,10 +7,11 @@ from trl import SFTConfig
 
 from components.common.stage.config import setting
 from components.common.training.config import settle_device
+from components.common.training.roles import TrainerSettings
 
 
 @dataclass(kw_only=True)
-class SFTSettings(SFTConfig):
+class SFTSettings(TrainerSettings, SFTConfig):
     """TRL's `SFTConfig` with the paper's values as defaults."""
 
     learning_rate: float = setting(2e-5, "Peak learning rate.", "2e-5")

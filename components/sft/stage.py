@@ -41,10 +41,13 @@ class SFTStage(TrainerStage[SFTSettings, MaskedRow]):
         assert window is not None  # the settings refuse it
         return masked_rows(self.tokenizer, rows, self.config.max_prompt_length, window)
 
+    def sequences(self) -> int:
+        return count_sequences(self.train_rows, self.settings)
+
     def planned(self) -> list[str]:
         processes = launch.process_count(self.config.num_processes)
         tokens = sum(len(row["input_ids"]) for row in self.train_rows)
-        steps, _ = steps_of_run(count_sequences(self.train_rows, self.settings), self.settings, processes)
+        steps, _ = steps_of_run(self.sequences(), self.settings, processes)
         rows = f"{len(self.train_rows)} rows ({self.dropped} dropped: prompt too long)"
         return [f"plan: {rows}, {tokens:,} tokens an epoch, {steps} steps; writes {self.config.output}"]
 

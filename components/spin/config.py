@@ -1,23 +1,32 @@
 """Settings of SPIN. Defaults are the paper's SPIN-DPO runs; `recipes/` has the ORPO runs and smaller models."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from components.common.stage.config import setting
+from components.common.core.identity import Role
+from components.common.stage.config import Resumption, setting
 from components.common.training.config import TrainingStageConfig, has_fast_bfloat16
+from components.common.training.roles import TrainerSettings
+
+# How many snapshots have been made; the last file of each.
+SAVED = "saved.json"
 
 
 @dataclass(kw_only=True)
 class SPINStageConfig(TrainingStageConfig):
     """Where the spin stage reads and writes. OUTPUT with an unfinished run in it is gone on with by itself."""
 
+    resumption: ClassVar = Resumption(marker=SAVED, from_output=True, log=("training_log", "training"))
+
     keep_iterations: bool = setting(
-        False, "Leave OUTPUT/spin (each iteration's responses and model) in place when the run is complete."
+        False,
+        "Leave OUTPUT/spin (each iteration's responses and model) in place when the run is complete.",
+        role=Role.OPERATION,
     )
 
 
 @dataclass(kw_only=True)
-class SPINSettings:
+class SPINSettings(TrainerSettings):
     """Settings of the method and of its trainers.
 
     Raises:
@@ -79,7 +88,7 @@ class SPINSettings:
     save_steps: int = setting(50, "Optimizer steps between checkpoints within an iteration.")
     save_total_limit: int = setting(2, "Checkpoints kept within an iteration; older ones are removed.")
     logging_steps: int = setting(10, "Optimizer steps between log entries.")
-    pairs_per_log: int = setting(4, "Pairs of each iteration written to pairs.jsonl.")
+    pairs_per_log: int = setting(4, "Pairs of each iteration written to pairs.jsonl.", role=Role.OPERATION)
     report_to: str | list[str] = setting("tensorboard", "Where curves go: tensorboard, wandb, mlflow, none.")
 
     def __post_init__(self) -> None:

@@ -13,7 +13,6 @@ OUTPUT/spin/
 OUTPUT/checkpoints/           see snapshots.py
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from components.common.core.errors import UserError
+from components.common.core.identity import Identity, digest_of_rows, identity_of, refuse_other_run
 from components.common.models.chat_templates import EncodedRow
 from components.common.models.loading import model_digest
+from components.common.training.log import library_versions
+from components.common.training.roles import rows_per_epoch, sharded_checkpoint, spread
+from components.spin.config import SAVED, SPINSettings, SPINStageConfig
 
 CHECKPOINT_MARKER = "complete.json"
-SAVED = "saved.json"
-
-# Settings that may differ when a run goes on: they say where things go and how often, not what is computed.
-FREE = frozenset({"report_to", "logging_steps", "save_steps", "save_total_limit", "pairs_per_log", "use_cpu"})
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -117,36 +116,27 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 def identity(
-    settings: dict[str, Any], train: Sequence[EncodedRow], held_out: Sequence[EncodedRow], model: Path
-) -> dict[str, Any]:
-    """What must be equal for a directory to be of this run."""
-    fixed = {name: value for name, value in settings.items() if name not in FREE}
-    return {
-        "settings": json.loads(json.dumps(fixed)),
-        "training rows": _rows_digest(train),
-        "held-out rows": _rows_digest(held_out),
-        "start model": model_digest(model),
+    stage: SPINStageConfig, settings: SPINSettings, train: Sequence[EncodedRow], held_out: Sequence[EncodedRow]
+) -> Identity:
+    """What must be equal for a directory to be of this run; and versions, for the record."""
+    columns, processes = ("id", "prompt_ids", "chosen_ids"), stage.processes()
+    inputs = {
+        "training rows": digest_of_rows(train, columns),
+        "held-out rows": digest_of_rows(held_out, columns),
+        "start model": model_digest(Path(str(stage.model))),
     }
+    windows = range(1, min(settings.window, settings.iterations) + 1)
+    derived = spread(settings, processes) | {
+        "rows_per_epoch": [rows_per_epoch(len(train) * size, settings, processes) for size in windows],
+        "sharded_checkpoint": sharded_checkpoint(stage.parallelism, processes),
+    }
+    return identity_of([stage, settings], inputs, derived, versions=library_versions())
 
 
-def check_identity(files: RunFiles, mine: dict[str, Any]) -> None:
+def check_identity(files: RunFiles, mine: Identity) -> None:
     """Raises UserError when the directory is of another run, naming every setting that differs."""
     try:
         saved = json.loads(files.run.read_text(encoding="utf-8"))
-        before, now = saved["settings"], mine["settings"]
-        names = sorted({*before, *now})
-        differing = [f"{n} was {before.get(n)!r}, is {now.get(n)!r}" for n in names if before.get(n) != now.get(n)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise UserError(f"{files.run}: is not the record of a SPIN run; --overwrite starts anew") from error
-    kinds = ("training rows", "held-out rows", "start model")
-    differing += [f"the {kind} differ" for kind in kinds if saved.get(kind) != mine[kind]]
-    if differing:
-        advice = "give the settings it was made with, or --overwrite to start anew"
-        raise UserError(f"{files.root}: is of another run: {'; '.join(differing)}; {advice}")
-
-
-def _rows_digest(rows: Sequence[EncodedRow]) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps([row["id"], row["prompt_ids"], row["chosen_ids"]]).encode())
-    return digest.hexdigest()
+    refuse_other_run(files.root, saved, mine)

@@ -23,7 +23,6 @@ from components.common.training.distributed.processes import (
     on_main_process,
     prepare_output_on_main_process,
 )
-from components.common.training.log import library_versions
 from components.common.training.skeleton import TrainingStage
 from components.spin import snapshots
 from components.spin.config import SPINSettings, SPINStageConfig
@@ -86,8 +85,7 @@ class SPINStage(TrainingStage[SPINStageConfig, SPINSettings]):
         return encode_rows(self.tokenizer, rows, min(self.config.max_prompt_length, window), window)
 
     def check_identity(self, checkpoint: Path | None) -> None:
-        settings = dataclasses.asdict(self.settings)
-        self.identity = identity(settings, self.train_rows, self.held_out, Path(self.config.start_model))
+        self.identity = identity(self.config, self.settings, self.train_rows, self.held_out)
         if checkpoint:
             check_identity(self.files, self.identity)
 
@@ -108,7 +106,7 @@ class SPINStage(TrainingStage[SPINStageConfig, SPINSettings]):
     def _begin(self) -> None:
         """Makes the directory one of this run."""
         self.files.root.mkdir()
-        write_json(self.files.run, {**self.identity, "versions": library_versions()})
+        write_json(self.files.run, self.identity)
 
     def load(self) -> None:
         """Makes the run; each iteration loads its models itself."""

@@ -107,10 +107,17 @@ def stop_ids(model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase) -
     return frozenset(int(i) for i in [tokenizer.eos_token_id, *listed] if i is not None)
 
 
-def model_digest(model: Path, piece: int = 2**20) -> str:
-    """Tells models apart by their configuration and, of each file of weights, its size and its two ends."""
+def model_digest(model: Path, piece: int = 2**20) -> str | None:
+    """Tells models apart by their configuration and, of each file of weights, its size and its two ends.
+
+    Returns:
+        None where there are no weights: it is no directory, or one that was fetched for a dry run.
+    """
+    weights = sorted(model.glob("*.safetensors"))
+    if not weights or not (model / "config.json").is_file():
+        return None
     digest = hashlib.sha256((model / "config.json").read_bytes())
-    for path in sorted(model.glob("*.safetensors")):
+    for path in weights:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:

@@ -11,16 +11,18 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pydantic
 import yaml
 
 from components.common.core.errors import UserError
+from components.common.core.identity import Role, roles_of
 from components.common.stage import session
-from components.common.stage.config import REQUIRED
+from components.common.stage.config import REQUIRED, Resumption, StageConfig
 from components.common.stage.help import help_text, type_name
+from components.common.stage.inputs import without_buckets
 from components.common.stage.recipes import find_recipe, read_yaml_mapping
 
 
@@ -38,12 +40,16 @@ class ConfigParser:
         self.config_classes = list(config_classes)
         self.hints: dict[str, Any] = {}
         self.fields: dict[str, dataclasses.Field[Any]] = {}
+        self.roles: dict[str, Role] = {}
+        # Returns when every process of the launch has called it; whoever starts several puts theirs here.
+        self.wait_for_others: Callable[[], None] = lambda: None
         for config_class in config_classes:
-            hints = typing.get_type_hints(config_class)
+            hints, roles = typing.get_type_hints(config_class), roles_of(config_class)
             for field in dataclasses.fields(config_class):
                 if field.init and field.name not in hidden:
                     self.fields[field.name] = field
                     self.hints[field.name] = hints[field.name]
+                    self.roles[field.name] = roles[field.name]
 
     def parse(self, argv: Sequence[str]) -> tuple[Any, ...]:
         """Returns the config objects in the order of the classes.
@@ -52,15 +58,26 @@ class ConfigParser:
             UserError: naming the setting, the value and what is allowed.
         """
         values = self._values(argv)
+        for config_class in self.config_classes:
+            if issubclass(config_class, StageConfig):
+                values = config_class.inputs_named(values)
         if (running := session.current()) is not None and "output" in self.fields:
-            self._build_all(session.without_buckets(values))  # wrong settings are told before anything is fetched
-            values = running.prepare(values, self.fields)
+            configs = self._build_all(without_buckets(values))  # wrong settings are told before anything is fetched
+            values = self._defaults() | values
+            values = running.prepare(values, configs, self.roles, self.resumption(), self.wait_for_others)
         return self._build_all(values)
+
+    def resumption(self) -> Resumption | None:
+        """What the stage's config classes say of how it goes on; the last one that says it counts."""
+        saying = (c for c in reversed(self.config_classes) if hasattr(c, "resumption"))
+        return next((config_class.resumption for config_class in saying), None)
 
     def settings(self, argv: Sequence[str]) -> dict[str, Any]:
         """Every setting by name, given or by default, before any config object is built; raises as `parse` does."""
-        defaults = {name: field.default for name, field in self.fields.items() if field.default is not REQUIRED}
-        return defaults | self._values(argv)
+        return self._defaults() | self._values(argv)
+
+    def _defaults(self) -> dict[str, Any]:
+        return {name: field.default for name, field in self.fields.items() if field.default is not REQUIRED}
 
     def _values(self, argv: Sequence[str]) -> dict[str, Any]:
         """The settings that were given."""

@@ -4,10 +4,6 @@ It also keeps a stage from running twice: a complete output of the same inputs a
 """
 
 import contextlib
-import dataclasses
-import fcntl
-import functools
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -17,40 +13,26 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from components.common.core import identity
 from components.common.core.errors import TERMINATED, UserError
+from components.common.core.identity import OUTPUTS, Role, refuse_other_run
+from components.common.stage.config import Resumption, StageConfig
+from components.common.stage.inputs import contents, is_remote, mapped
 from components.common.stage.kfp import bucket_of, publish
 from components.common.storage import manifest
-from components.common.storage.lease import Lease, refuse_other_run
+from components.common.storage.lease import Lease
 from components.common.storage.locations import cache_directory
+from components.common.storage.locks import locked
 
 if TYPE_CHECKING:
     from components.common.storage.client import Location
 
 logger = logging.getLogger(__name__)
 
-# Settings that say where results go. All others that begin with s3:// are inputs.
-DIRECTORIES = ("output", "training_log")
-FILES = ("report_file", "html_file", "markdown_file")
-INPUTS = ("data", "model", "source", "test_source", "evaluations", "trainings")
-# Settings that do not change the result, by prefix.
-FREE = (
-    *(*DIRECTORIES, *FILES, "overwrite", "dry_run", "executor_input", "resume", "keep_", "start"),
-    *("num_processes", "parallelism", "gpu_memory"),
-    *("mirror_", "grace_seconds", "lease_seconds", "save_", "logging_", "log_", "report_to", "disable_", "dataloader_"),
-    *("judge_base_url", "judge_key_variable", "judge_concurrency", "judge_retries", "judge_timeout", "judge_prices"),
-    *("batch_size", "gpu_memory_utilization"),  # of the evaluation
-)
-# The file that a stage writes last into a checkpoint.
-MARKERS = {"sapo": "manifest.json", "spin": "saved.json", "evaluation": "settings.json"}
-MARKER = "trainer_state.json"
-# Stages that go on from what an earlier attempt left on the disk without a checkpoint; for the others it is in the way.
-GO_ON = ("spin", "evaluation")
-# Those of them whose output can be sent as it is at any moment.
-FOLDERS = ("evaluation",)
 RELEASE_SECONDS = 5.0
 
 _current: "Session | None" = None
@@ -107,9 +89,11 @@ class Session:
 
     def __init__(self, stage: str) -> None:
         self.stage = stage
-        self.run: dict[str, Any] = {}  # digest and settings; empty until the settings are known
+        self.run: dict[str, Any] = {}  # stage, digest and identity; empty until the settings are known
         self.values: dict[str, Any] = {}
-        self.fields: dict[str, dataclasses.Field[Any]] = {}
+        self.roles: dict[str, Role] = {}
+        self.resumption: Resumption | None = None
+        self.config: StageConfig  # its locations are not those of the run: buckets are replaced
         self.sent: dict[str, tuple[str, Path]] = {}  # of each output in a bucket, its URI and the path it is made at
         self.unneeded: list[tuple[Callable[[], object], Path]] = []  # see `when_complete`
         self.lease: Lease | None = None
@@ -118,12 +102,22 @@ class Session:
 
     # ---- Before the stage runs ------------------------------------------------------------------------------------
 
-    def prepare(self, values: dict[str, Any], fields: dict[str, "dataclasses.Field[Any]"]) -> dict[str, Any]:
+    def prepare(
+        self,
+        values: dict[str, Any],
+        configs: Sequence[Any],
+        roles: dict[str, Role],
+        resumption: Resumption | None,
+        wait_for_others: Callable[[], None],
+    ) -> dict[str, Any]:
         """Checks and resolves the locations among a stage's settings.
 
         Args:
-            values: settings by name, those that were given.
-            fields: the fields of the stage's config classes.
+            values: settings by name, as they were given, and defaults.
+            configs: the stage's config objects with paths in place of buckets; the first one is a `StageConfig`.
+            roles: of settings, by name.
+            resumption: what the stage says of how it goes on.
+            wait_for_others: returns when every process of the launch has called it.
 
         Returns:
             The settings with a path for every `s3://` URI.
@@ -132,38 +126,37 @@ class Session:
             UserError: a location cannot be used, or the output is another run's.
             SystemExit: with 0, the output is complete already.
         """
-        self.values, self.fields = _only_the_start(values), fields
+        self.values, self.config, self.roles, self.resumption = values, configs[0], roles, resumption
         self._check_settings()
-        values = self.values
-        outputs = {name: values[name] for name in (*DIRECTORIES, *FILES) if _is_remote(values.get(name))}
+        outputs = {name: values[name] for name in self._output_names() if is_remote(values.get(name))}
         self._check_outputs(outputs)
-        self.run = self._identity(values)
+        self.run = self._identify(configs)
         self._stop_if_done(str(values["output"]))
+
         fetched = self._fetch(values)
         self.sent = {name: (uri, self._work(uri)) for name, uri in outputs.items()}
         fetched |= {name: str(path) for name, (_, path) in self.sent.items()}
-        if not values.get("dry_run") and _is_first():
+        if not self.config.dry_run and _is_first():
             self._open(Path(fetched["output"]), self._log_directory(fetched))
-        keeps = "output" in self.sent or bucket_of(values.get("executor_input"), fetched["output"])
-        if keeps and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            from accelerate import PartialState
-
-            PartialState().wait_for_everyone()  # all look for the checkpoint that the first one has fetched
+        if "output" in self.sent or bucket_of(self.config.executor_input, fetched["output"]):
+            wait_for_others()  # all look for the checkpoint that the first one has fetched
         return fetched
 
     def _check_settings(self) -> None:
         for name in ("mirror_bandwidth", "mirror_keep", "lease_seconds", "grace_seconds"):
-            if (value := self._setting(name)) is not None and value <= 0:
+            if (value := getattr(self.config, name)) is not None and value <= 0:
                 raise UserError(f"{name} = {value}: must be above 0")
 
-    def _setting(self, name: str) -> Any:
-        return self.values.get(name, self.fields[name].default)
+    def _output_names(self) -> list[str]:
+        """Settings that say where results go; `output` is the main one."""
+        return [name for name, role in self.roles.items() if role in OUTPUTS]
 
     def _log_directory(self, values: dict[str, Any]) -> Path | None:
-        """Where a training stage writes its curves; None for a stage that does not train."""
-        if "training_log" not in self.fields:
+        """Where a stage writes its curves; None for one that has none."""
+        if self.resumption is None or self.resumption.log is None:
             return None
-        return Path(values.get("training_log") or Path(values["output"]) / "training")
+        name, default = self.resumption.log
+        return Path(values.get(name) or Path(values["output"]) / default)
 
     def _check_outputs(self, outputs: dict[str, str]) -> None:
         """Every bucket can be written to: told now, not after hours."""
@@ -173,35 +166,39 @@ class Session:
             for uri in outputs.values():
                 check_write(split(uri))
 
-    def _identity(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Settings that differ from their defaults, with a digest for every input, and one digest of it all."""
-        settings = {
-            name: _mapped(value, functools.partial(_input_digest, name))
-            for name, value in values.items()
-            if not name.startswith(FREE) and value != self.fields[name].default
-        }
-        if any(name.startswith("collected_") for name in values):  # then inputs are listed there
-            settings["executor_input"] = values.get("executor_input")
-        settings = json.loads(json.dumps(settings, default=str, sort_keys=True))
-        text = json.dumps([self.stage, _version(), settings], sort_keys=True)
-        return {"stage": self.stage, "run": hashlib.sha256(text.encode()).hexdigest(), "settings": settings}
+    def _identify(self, configs: Sequence[Any]) -> dict[str, Any]:
+        """What the run is, and one digest of it."""
+        derived = {"stage": self.stage}
+        for config in configs:
+            if compare := getattr(config, "derived", None):
+                derived |= compare(configs[0])
+        mine = identity.identity_of(
+            configs, contents(self.values, self.roles), derived, scope={"version of this program": _version()}
+        )
+        return {"stage": self.stage, "run": identity.digest(mine), "identity": mine}
 
     def _stop_if_done(self, output: str) -> None:
-        if self.values.get("overwrite"):
+        if self.config.overwrite:
             return
         saved = self._saved_manifest(output)
         if saved is None or "run" not in saved:
             return
-        refuse_other_run(output, saved, self.run)
-        if self._besides_missing():
+        mine = self.run["identity"]
+        refuse_other_run(f"--output {output}", saved.get("identity"), mine, complete=not self._extends(output))
+        if identity.differences(saved["identity"], mine, complete=True) or self._besides_missing():
             return
         logger.info("already done: %s is the complete output of these inputs and settings", output)
         if _is_first():
-            publish(self.values.get("executor_input"), saved.get("published"))
+            publish(self.config.executor_input, saved.get("published"))
         sys.exit(0)
 
+    def _extends(self, output: str) -> bool:
+        """Whether the stage is told to go on in a complete output; in a bucket it cannot."""
+        name = self.resumption.extends if self.resumption else None
+        return name is not None and bool(self.values[name]) and not is_remote(output)
+
     def _saved_manifest(self, output: str) -> dict[str, Any] | None:
-        if not _is_remote(output):
+        if not is_remote(output):
             return manifest.read(Path(output)) if Path(output).is_dir() else None
         from components.common.storage.client import split
         from components.common.storage.transfer import read_manifest
@@ -210,27 +207,27 @@ class Session:
 
     def _besides_missing(self) -> bool:
         """Whether an output beside the main one is missing."""
-        paths = [self.values.get(name) for name in (*DIRECTORIES, *FILES)]
-        return any(path and not _is_remote(path) and not Path(path).exists() for path in paths[1:])
+        paths = [self.values.get(name) for name in self._output_names() if name != "output"]
+        return any(path and not is_remote(path) and not Path(path).exists() for path in paths)
 
     def _fetch(self, values: dict[str, Any]) -> dict[str, Any]:
         """Settings with a path for each input in a bucket."""
-        inputs = {name: value for name, value in values.items() if name not in (*DIRECTORIES, *FILES)}
-        return values | {name: _mapped(value, self._local) for name, value in inputs.items()}
+        outputs = self._output_names()
+        return values | {name: mapped(value, self._local) for name, value in values.items() if name not in outputs}
 
     def _local(self, text: str) -> str:
-        if not _is_remote(text):
+        if not is_remote(text):
             return text
         from components.common.storage.client import split
         from components.common.storage.transfer import download, version
 
         place = split(text)
-        if self.values.get("dry_run"):
+        if self.config.dry_run:
             scratch = self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="sapo-dry-run-"))
             return str(download(text, Path(scratch) / (place.key.rpartition("/")[2] or place.bucket), light=True))
         target = cache_directory() / "s3" / version(text)[:16] / place.bucket / place.key
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target.with_name(f"{target.name}.lock"), wait=True):  # processes of one launch share the cache
+        with locked(target.with_name(f"{target.name}.lock"), wait=True):  # processes of one launch share the cache
             return str(download(text, target))
 
     def _work(self, uri: str) -> Path:
@@ -244,7 +241,7 @@ class Session:
         """Makes this process the only writer of the output, and gets what an earlier pod has saved."""
         with contextlib.suppress(OSError):  # the stage says in its own words why its output cannot be made
             output.parent.mkdir(parents=True, exist_ok=True)
-        lock = _locked(output.with_name(f".{output.name}.lock"), wait=False, what=f"--output {self.values['output']}")
+        lock = locked(output.with_name(f".{output.name}.lock"), wait=False, what=f"--output {self.values['output']}")
         self._cleanup.enter_context(lock)
         if "output" not in self.sent:
             self._keep_beside_artifact(output, log)
@@ -255,8 +252,8 @@ class Session:
 
         self._exit_on_sigterm()
         place = split(self.sent["output"][0])
-        self.lease = Lease(place, self.run, self._setting("lease_seconds"))
-        overwrite = bool(self.values.get("overwrite"))
+        self.lease = Lease(place, self.run, self.config.lease_seconds)
+        overwrite = self.config.overwrite
         self.lease.acquire(overwrite)
         with contextlib.suppress(UserError):  # a key that may not list them can do all the rest
             abort_uploads(place)
@@ -265,30 +262,31 @@ class Session:
         elif made := manifest.read(output):
             self._send(made)  # an earlier attempt has made it, and could not send it
             sys.exit(0)
-        marker, checkpoints = MARKERS.get(self.stage, MARKER), output / "checkpoints"
-        goes_on = self.stage in GO_ON or self.values.get("resume") or mirror.newest(checkpoints, marker)
+        how = self.resumption
+        goes_on = how and (how.from_output or mirror.newest(output / "checkpoints", how.marker))
         if overwrite or not goes_on:
             shutil.rmtree(output, ignore_errors=True)  # what a stage left that cannot go on from it
-        kept = Location(place.bucket, f"{place.prefix}checkpoints")
-        if log is not None or self.stage in FOLDERS:
-            self._keep_checkpoints(output, log, kept, self.lease.check)
+        if how:
+            kept = Location(place.bucket, f"{place.prefix}checkpoints")
+            self._keep_checkpoints(how, output, log, kept, self.lease.check)
 
-    def _keep_checkpoints(self, output: Path, log: Path | None, kept: "Location", check: Callable[[], None]) -> None:
+    def _keep_checkpoints(
+        self, how: Resumption, output: Path, log: Path | None, kept: "Location", check: Callable[[], None]
+    ) -> None:
         """Gets the newest checkpoint that an earlier pod has sent below `kept`, and sends those to come there."""
         from components.common.storage import mirror
 
-        marker, checkpoints = MARKERS.get(self.stage, MARKER), output / "checkpoints"
-        overwrite, scratch = self.values.get("overwrite"), output.with_name(f".{output.name}.mirror")
-        keep, bandwidth = self._setting("mirror_keep"), self._setting("mirror_bandwidth")
-        options = (marker, keep, bandwidth and bandwidth * 1e6, check)
-        if self.stage in FOLDERS:
-            if not overwrite:
-                mirror.restore_folder(kept, output, marker)
+        checkpoints, scratch = output / "checkpoints", output.with_name(f".{output.name}.mirror")
+        bandwidth = self.config.mirror_bandwidth
+        options = (how.marker, self.config.mirror_keep, bandwidth and bandwidth * 1e6, check)
+        if how.at_any_moment:
+            if not self.config.overwrite:
+                mirror.restore_folder(kept, output, how.marker)
             snapshots = output.with_name(f".{output.name}.snapshots")
             self.mirror = mirror.FolderMirror(output, snapshots, kept, scratch, *options)
         elif log is not None:
-            if not overwrite:
-                mirror.restore(kept, checkpoints, log, marker)
+            if not self.config.overwrite:
+                mirror.restore(kept, checkpoints, log, how.marker)
             self.mirror = mirror.Mirror(checkpoints, kept, scratch, log, *options)
 
     def _keep_beside_artifact(self, output: Path, log: Path | None) -> None:
@@ -297,15 +295,15 @@ class Session:
         They are an extra: where they cannot be kept, the stage runs all the same. The newest stays after the run, because
         nothing here tells whether the launcher has got through.
         """
-        bucket = bucket_of(self.values.get("executor_input"), str(output))
-        if bucket is None or log is None:
+        bucket = bucket_of(self.config.executor_input, str(output))
+        if bucket is None or log is None or self.resumption is None:
             return
         from components.common.storage.client import check_write, split
 
         kept = split(f"{bucket}-checkpoints")
         try:
             check_write(kept)
-            self._keep_checkpoints(output, log, kept, lambda: None)
+            self._keep_checkpoints(self.resumption, output, log, kept, lambda: None)
         except UserError as error:
             logger.warning("a new pod would begin anew, because checkpoints cannot be kept: %s", error)
 
@@ -319,7 +317,7 @@ class Session:
 
     def finish(self) -> None:
         """The stage is through: its output gets a manifest, and goes to the bucket."""
-        if not self.run or self.values.get("dry_run") or not _is_first():
+        if not self.run or self.config.dry_run or not _is_first():
             return
         output = self.sent["output"][1] if "output" in self.sent else Path(self.values["output"])
         if not output.is_dir():
@@ -357,7 +355,7 @@ class Session:
 
     def _published(self) -> dict[str, Any]:
         """What the stage told KFP, so that a run that is done already can tell it again."""
-        if not (text := self.values.get("executor_input")):
+        if not (text := self.config.executor_input):
             return {}
         try:
             file = Path(json.loads(text)["outputs"]["outputFile"])
@@ -370,7 +368,7 @@ class Session:
         """The stage did not get through; its last checkpoint is sent first, within the grace period."""
         in_time = True
         if self.mirror and not (self.lease and self.lease.lost.is_set()):
-            in_time = self.mirror.finish(self._setting("grace_seconds"))
+            in_time = self.mirror.finish(self.config.grace_seconds)
             if not in_time:
                 logger.warning(
                     "the grace period is over: the last checkpoint is not in the bucket, an older one may be"
@@ -403,43 +401,6 @@ def _send_beside(uri: str, path: Path) -> None:
             connect().upload_file(str(path), place.bucket, place.key)
 
 
-def without_buckets(values: dict[str, Any]) -> dict[str, Any]:
-    """Settings as they look with a path for every `s3://` URI, for a check of them alone."""
-    return {name: _mapped(value, lambda text: text.replace("s3://", "/", 1)) for name, value in values.items()}
-
-
-def _only_the_start(values: dict[str, Any]) -> dict[str, Any]:
-    """Of several models the one to start from: the others need not be fetched."""
-    models, start = values.get("model"), values.get("start")
-    return values | {"model": {start: models[start]}} if isinstance(models, dict) and start in models else values
-
-
-def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """A setting with every text in it changed."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, dict):
-        return {name: _mapped(item, change) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_mapped(item, change) for item in value)
-    return value
-
-
-def _is_remote(value: Any) -> bool:
-    return isinstance(value, str) and value.startswith("s3://")
-
-
-def _input_digest(name: str, text: str) -> str:
-    """A digest of what an input holds, so that it may lie elsewhere; other settings as they are."""
-    if _is_remote(text):
-        from components.common.storage.transfer import version
-
-        return version(text)
-    if name in INPUTS and "://" not in text and Path(text).exists():
-        return manifest.digest_of(Path(text))
-    return text
-
-
 def _version() -> str:
     try:
         return importlib.metadata.version("sapo-pipelines")
@@ -450,28 +411,3 @@ def _version() -> str:
 def _is_first() -> bool:
     """Whether this process is the first of its launch (`accelerate launch`, torchrun)."""
     return os.environ.get("RANK", "0") == "0"
-
-
-@contextlib.contextmanager
-def _locked(path: Path, wait: bool, what: str = "") -> Iterator[None]:
-    """Holds a lock file, which the system frees when the process dies.
-
-    Raises:
-        UserError: another process holds it, and `wait` is off.
-    """
-    with contextlib.ExitStack() as stack:
-        while os.access(path.parent, os.W_OK):
-            file = stack.enter_context(path.open("w"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                advice = "let it end, or give another place"
-                raise UserError(f"{what}: another process is writing there now; {advice}") from None
-            except OSError:  # a file system without locks
-                break
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                    break
-            # The one before has removed it: what was locked is another file.
-        stack.callback(path.unlink, missing_ok=True)
-        yield

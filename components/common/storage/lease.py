@@ -16,6 +16,7 @@ import uuid
 from typing import Any
 
 from components.common.core.errors import UserError
+from components.common.core.identity import refuse_other_run
 from components.common.storage.client import Location, code_of, connect, explained
 from components.common.storage.transfer import RUN, objects, read_object
 
@@ -27,7 +28,7 @@ class Lease:
 
     Args:
         place: the prefix.
-        run: digest and settings of the run; another run's unfinished output is refused.
+        run: stage, digest and identity of the run; another run's unfinished output is refused.
         seconds: after so long without renewal the right is free. 0 or less is refused by the settings.
     """
 
@@ -52,7 +53,7 @@ class Lease:
                 f"--output {self.place}: is not empty ({what}); give another place, or --overwrite to replace it"
             )
         if content and not overwrite:
-            refuse_other_run(self.place, content, self.run)
+            refuse_other_run(f"--output {self.place}", content.get("identity"), self.run["identity"])
         if content and content.get("owner"):
             etag = self._outwait(content["owner"], etag)
         self.etag = self._put({"IfMatch": etag} if etag else {"IfNoneMatch": "*"})
@@ -145,19 +146,3 @@ def _put_if(place: Location, content: dict[str, Any], conditions: dict[str, str]
         if code_of(error) != "NotImplemented":
             raise
         return connect().put_object(**target)["ETag"]
-
-
-def refuse_other_run(place: Any, saved: dict[str, Any], mine: dict[str, Any]) -> None:
-    """Raises UserError when a record is of another run, naming every setting that differs."""
-    if saved.get("run") == mine["run"]:
-        return
-    before, now = saved.get("settings", {}), mine["settings"]
-    names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
-    differing = "; ".join(f"{name} was {_short(before.get(name))}, is {_short(now.get(name))}" for name in names)
-    what = f"holds the output of another run: {differing or 'of another version of this program'}"
-    raise UserError(f"--output {place}: is not empty: {what}; give another directory, or --overwrite to replace it")
-
-
-def _short(value: Any) -> str:
-    text = "the default" if value is None else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

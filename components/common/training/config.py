@@ -10,9 +10,10 @@ from transformers import IntervalStrategy, TrainingArguments
 
 from components.common.core.conversations import Row, read_rows
 from components.common.core.errors import UserError
+from components.common.core.identity import Role
 from components.common.kernels.cpu.malloc import keep_freed_memory
 from components.common.stage.config import REQUIRED, StageConfig, setting
-from components.common.training.distributed.launch import is_launched, join_on_cpu
+from components.common.training.distributed.launch import is_launched, join_on_cpu, process_count
 
 # Set by the stage from --output and --training_log, or, as secrets, by the environment (HF_TOKEN); a recipe must not.
 HIDDEN = (
@@ -31,27 +32,38 @@ HIDDEN = (
 class TrainingStageConfig(StageConfig):
     """Settings of every training stage."""
 
-    data: str = setting(REQUIRED, "Output of the data stage (train.jsonl, test.jsonl).")
+    data: str = setting(REQUIRED, "Output of the data stage (train.jsonl, test.jsonl).", role=Role.INPUT)
     model: str | dict[str, str] = setting(
         REQUIRED,
         "Directory of the model to start from, with its chat template; or a mapping of names to directories, "
         "`{base: DIR, sft: DIR}`, of which `start` names one.",
+        role=Role.INPUT,
     )
-    start: str | None = setting(None, "Which of several models in `model` to start from.")
-    name: str | None = setting(None, "What the report calls this run; default: the stage and its loss.")
+    start: str | None = setting(None, "Which of several models in `model` to start from.", role=Role.INDIRECT)
+    name: str | None = setting(
+        None, "What the report calls this run; default: the stage and its loss.", role=Role.SCOPE
+    )
     training_log: str | None = setting(
-        None, "Directory for curves, pairs and TensorBoard files; default OUTPUT/training."
+        None,
+        "Directory for curves, pairs and TensorBoard files; default OUTPUT/training.",
+        role=Role.OUTPUT_DIRECTORY,
     )
     num_processes: int = setting(
-        1, "Processes to train in, one a GPU; 0 is 1 (a CPU). Under torchrun or accelerate launch theirs count.", "8"
+        1,
+        "Processes to train in, one a GPU; 0 is 1 (a CPU). Under torchrun or accelerate launch theirs count.",
+        "8",
+        role=Role.INDIRECT,
     )
     parallelism: Literal["ddp", "zero2", "zero3", "fsdp2"] = setting(
         "ddp",
         "What several processes share out: nothing (ddp), optimizer state and gradients (zero2), weights too (zero3 by "
         "DeepSpeed, fsdp2 by PyTorch).",
+        role=Role.INDIRECT,
     )
     gpu_memory: float | None = setting(
-        None, "`--dry_run`: plan for GPUs of this memory (GB); `none` for the GPU that is there, or 80 without one."
+        None,
+        "`--dry_run`: plan for GPUs of this memory (GB); `none` for the GPU that is there, or 80 without one.",
+        role=Role.OPERATION,
     )
     max_prompt_length: int = setting(1792, "Rows whose prompt has this many tokens or more are dropped.", "1792")
     eval_rows: int = setting(128, "Held-out rows that are scored during training; 0 for none.")
@@ -62,6 +74,12 @@ class TrainingStageConfig(StageConfig):
                 raise ValueError(f"{name} = {getattr(self, name)}: must be {least} or more")
         self.num_processes = max(self.num_processes, 1)  # a pipeline hands over the number of its GPUs
         self.model = self._chosen_model()
+
+    @classmethod
+    def inputs_named(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Of several models the one to start from: the others need not be fetched, and do not count."""
+        models, start = values.get("model"), values.get("start")
+        return values | {"model": {start: models[start]}} if isinstance(models, dict) and start in models else values
 
     def held_out_rows(self, eval_strategy: str = "no") -> list[Row]:
         """The first `eval_rows` held-out rows; none where the data stage held none out.
@@ -97,6 +115,10 @@ class TrainingStageConfig(StageConfig):
         if self.start not in self.model:
             raise ValueError(f"start = {self.start}: must be a name in model, which has {names}")
         return self.model[self.start]
+
+    def processes(self) -> int:
+        """That train: those of the launcher where there is one."""
+        return process_count(self.num_processes)
 
     def log_directory(self) -> Path:
         """Where curves, pairs and the training log go."""

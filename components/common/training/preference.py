@@ -23,6 +23,7 @@ from components.common.core.errors import UserError
 from components.common.models.chat_templates import encode_rows
 from components.common.stage.config import setting
 from components.common.training.config import settle_device
+from components.common.training.roles import TrainerSettings
 from components.common.training.trainer import InterruptibleTrainer
 
 Loss = Literal["dpo", "orpo"]
@@ -65,7 +66,7 @@ def encode_pairs(
 
 
 @dataclasses.dataclass(kw_only=True)
-class PreferenceSettings:
+class PreferenceSettings(TrainerSettings):
     """Settings that both losses share, with values of our own; goes in front of TRL's config in the order of classes."""
 
     max_length: int | None = setting(2048, "Tokens of prompt + response; a longer response is cut.", "2048")

@@ -5,38 +5,49 @@ interrupted save.
 """
 
 import dataclasses
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from components.common.core.errors import UserError
-from components.common.stage.config import setting
+from components.common.core.identity import (
+    Identity,
+    Role,
+    digest_of_rows,
+    identity_of,
+    refuse_other_run,
+    roles_of,
+)
+from components.common.models.loading import model_digest
+from components.common.stage.config import Resumption, setting
+from components.common.stage.inputs import contents
 from components.common.stage.outputs import check_output
 from components.common.stage.session import when_complete
 from components.common.training.clock import Clock
 from components.common.training.config import TrainingStageConfig
+from components.common.training.log import library_versions
+from components.common.training.roles import rows_per_epoch, sharded_checkpoint, spread
 
 STATE = "trainer_state.json"
-# Settings that may differ after a resume, by prefix: they say where things go and how often, not what is computed.
-FREE = (
-    *("output_dir", "log_dir", "logging_", "log_", "report_to", "run_name", "project", "trackio_", "disable_"),
-    *("save_", "eval_", "per_device_eval", "resume_", "hub_", "push_", "dataloader_"),
-    *("use_cpu", "do_", "local_rank"),
-)
 
 
 @dataclasses.dataclass(kw_only=True)
 class ResumableStageConfig(TrainingStageConfig):
     """Where a training stage reads and writes, and how it resumes. OUTPUT with checkpoints in it is resumed by itself."""
 
-    resume_from: str | None = setting(None, "Checkpoint to go on from; default: the newest in OUTPUT/checkpoints.")
-    keep_checkpoints: bool = setting(False, "Leave OUTPUT/checkpoints in place when the run is complete.")
+    resumption: ClassVar = Resumption(marker=STATE, log=("training_log", "training"))
+
+    resume_from: str | None = setting(
+        None, "Checkpoint to go on from; default: the newest in OUTPUT/checkpoints.", role=Role.OPERATION
+    )
+    keep_checkpoints: bool = setting(
+        False, "Leave OUTPUT/checkpoints in place when the run is complete.", role=Role.OPERATION
+    )
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
@@ -96,34 +107,40 @@ def _state(checkpoint: Path) -> dict[str, Any] | None:
         return None
 
 
-def run_identity(args: TrainingArguments, rows: Sequence[Any]) -> dict[str, Any]:
-    """What must be equal for a checkpoint to be of this run: settings, and a digest of the training rows."""
-    settings = {name: value for name, value in args.to_dict().items() if not name.startswith(FREE)}
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True).encode())
-    return {"settings": json.loads(json.dumps(settings, default=str)), "data": digest.hexdigest()}
+def run_identity(
+    stage: ResumableStageConfig,
+    args: TrainingArguments,
+    train: Sequence[Any],
+    held_out: Sequence[Any] | None,
+    sequences: int,
+) -> Identity:
+    """What must be equal for a checkpoint to be of this run: settings, rows, start model; and versions, for the record.
+
+    Args:
+        args: the settings of the trainer.
+        train: its rows, as tokens.
+        held_out: those that are scored, in the same form.
+        sequences: how many the trainer sees of `train`: fewer where it packs several rows into one.
+    """
+    processes = stage.processes()
+    inputs = {
+        "training rows": digest_of_rows(train),
+        "held-out rows": digest_of_rows(held_out or []),
+        "start model": model_digest(Path(str(stage.model))),
+        **contents(vars(args), roles_of(type(args))),
+    }
+    derived = spread(args, processes) | {
+        "rows_per_epoch": rows_per_epoch(sequences, args, processes),
+        "sharded_checkpoint": sharded_checkpoint(stage.parallelism, processes),
+    }
+    return identity_of([stage, args], inputs, derived, versions=library_versions())
 
 
-def check_identity(checkpoint: Path, mine: dict[str, Any]) -> None:
+def check_identity(checkpoint: Path, mine: Identity) -> None:
     """Raises UserError when a checkpoint is of another run, naming every setting that differs."""
     callbacks = (_state(checkpoint) or {}).get("stateful_callbacks", {})
     saved = callbacks.get(RunRecord.__name__, {}).get("attributes", {}).get("identity")
-    if not saved:
-        raise UserError(f"{checkpoint}: was not written by this stage; --overwrite starts anew")
     refuse_other_run(checkpoint, saved, mine)
-
-
-def refuse_other_run(checkpoint: Path, saved: dict[str, Any], mine: dict[str, Any]) -> None:
-    """Raises UserError when `settings` or `data` of two identities differ, naming every setting that does."""
-    names = sorted({*saved["settings"], *mine["settings"]})
-    pairs = ((name, saved["settings"].get(name), mine["settings"].get(name)) for name in names)
-    differing = [f"{name} was {before!r}, is {now!r}" for name, before, now in pairs if before != now]
-    if saved["data"] != mine["data"]:
-        differing.append("the training rows are others")
-    if differing:
-        advice = "give the settings it was made with, or --overwrite to start anew"
-        raise UserError(f"{checkpoint}: is of another run: {'; '.join(differing)}; {advice}")
 
 
 class RunRecord(TrainerCallback, ExportableState):
@@ -133,7 +150,7 @@ class RunRecord(TrainerCallback, ExportableState):
         identity: from `run_identity`; none where something else says whose run it is.
     """
 
-    def __init__(self, trainer: Trainer, clock: Clock, identity: dict[str, Any] | None = None) -> None:
+    def __init__(self, trainer: Trainer, clock: Clock, identity: Identity | None = None) -> None:
         self.trainer = trainer
         self.clock = clock
         self.identity = identity

@@ -50,6 +50,10 @@ class TrainerStage(TrainingStage[ResumableStageConfig, Arguments], Generic[Argum
     def encoded(self, rows: list[Row]) -> tuple[Sequence[Encoded], int]:
         """Rows as tokens, and how many were dropped."""
 
+    def sequences(self) -> int:
+        """How many the trainer sees of `train_rows`: fewer where it packs several rows into one."""
+        return len(self.train_rows)
+
     @abstractmethod
     def planned(self) -> list[str]:
         """The lines of the plan."""
@@ -74,7 +78,7 @@ class TrainerStage(TrainingStage[ResumableStageConfig, Arguments], Generic[Argum
         self.held_out = self.encoded(held_out)[0] if held_out else None
 
     def check_identity(self, checkpoint: Path | None) -> None:
-        self.identity = run_identity(self.settings, self.train_rows)
+        self.identity = run_identity(self.config, self.settings, self.train_rows, self.held_out, self.sequences())
         if checkpoint:
             check_identity(checkpoint, self.identity)
 

@@ -264,7 +264,7 @@ def test_a_finished_benchmark_is_kept_on_resume(model: Path, task_data: Path, tm
     (tmp_path / "o/winogrande/outcome.json").write_text(json.dumps({**first, "seconds": 1234.5}))
     with pytest.raises(UserError, match=r"is not empty; give another directory, or --overwrite"):
         main([*flags, "--benchmarks", "[winogrande, truthfulqa_mc2]"])
-    with pytest.raises(UserError, match=r"was started with limit = 1, now 2; give the same settings, or --overwrite"):
+    with pytest.raises(UserError, match=r"is of another run: limit was 1, is 2; give the settings .* --overwrite"):
         main([*flags, "--limit", "2", "--resume"])
     main([*flags, "--benchmarks", "[winogrande, truthfulqa_mc2]", "--resume"])
     found = read(tmp_path / "o/results.json")

@@ -92,10 +92,17 @@ def test_a_resume_may_change_what_does_not_matter(tmp_path: Path):
     def config(**more: Any) -> EvaluationConfig:
         return EvaluationConfig(output=str(tmp_path), model="m", **more)
 
-    start(tmp_path, config(limit=5))
-    check_resumable(config(limit=5, batch_size=2, benchmarks=("ifeval",), judge_concurrency=1))
-    with pytest.raises(UserError, match=r"limit = 5, now None; seed = 42, now 1; give the same settings"):
-        check_resumable(config(seed=1))
+    start(tmp_path, config(limit=5), "float32")
+    check_resumable(config(limit=5, batch_size=2, benchmarks=("ifeval",), judge_concurrency=1), "float32")
+    with pytest.raises(UserError, match=r"limit was 5, is None; seed was 42, is 1; give the settings"):
+        check_resumable(config(seed=1), "float32")
+
+
+def test_a_run_in_another_precision_is_another_run_also_where_auto_chose_it(tmp_path: Path):
+    config = EvaluationConfig(output=str(tmp_path), model="m")
+    start(tmp_path, config, "bfloat16")  # on a GPU
+    with pytest.raises(UserError, match="dtype was 'bfloat16', is 'float32'"):
+        check_resumable(config, "float32")
 
 
 def test_digests_follow_the_data_and_both_ends_of_the_weights(tmp_path: Path):

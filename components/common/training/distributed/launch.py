@@ -47,6 +47,7 @@ def start(parser: "ConfigParser", argv: Sequence[str]) -> None:
     if is_launched():
         check_devices(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), on_cpu)
         join(parallelism, on_cpu)
+        parser.wait_for_others = wait_for_others
     elif settings["num_processes"] > 1:
         check_devices(settings["num_processes"], on_cpu)
         check_packages(parallelism)
@@ -122,6 +123,13 @@ def join(parallelism: str, on_cpu: bool) -> None:
         join_on_cpu()
     else:
         PartialState()
+
+
+def wait_for_others() -> None:
+    """Returns when every process of the launch has come here."""
+    from accelerate import PartialState
+
+    PartialState().wait_for_everyone()
 
 
 def join_on_cpu() -> bool:

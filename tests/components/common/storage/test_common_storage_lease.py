@@ -2,18 +2,26 @@
 
 import json
 import time
+from typing import Any
 
 import pytest
 
 from components.common.core.errors import UserError
+from components.common.core.identity import SCHEMA
 from components.common.storage import lease as leases
 from components.common.storage import transfer
 from components.common.storage.client import Location, connect
 from components.common.storage.lease import Lease
 from faults.store import BUCKET
 
-MINE = {"stage": "sapo", "run": "1", "settings": {"beta": 0.1}}
-OTHER = {"stage": "sapo", "run": "2", "settings": {"beta": 0.2, "seed": 1}}
+
+def run(**settings: object) -> dict[str, Any]:
+    identity = {"schema": SCHEMA, "settings": settings, "contents": {}, "scope": {}, "versions": {}}
+    return {"stage": "sapo", "run": "digest", "identity": identity}
+
+
+MINE = run(beta=0.1, seed=42)
+OTHER = run(beta=0.2, seed=1)
 
 
 @pytest.fixture
@@ -69,7 +77,7 @@ def test_a_silent_owner_loses_it_and_notices(place, killed):
 
 def test_another_runs_output_is_refused_with_what_differs(place):
     Lease(place, MINE, seconds=60).acquire()
-    with pytest.raises(UserError, match=r"of another run: beta was 0\.1, is 0\.2; seed was the default, is 1; give"):
+    with pytest.raises(UserError, match=r"of another run: beta was 0\.1, is 0\.2; seed was 42, is 1; give"):
         Lease(place, OTHER, seconds=1).acquire()
 
 

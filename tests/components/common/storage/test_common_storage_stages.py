@@ -134,7 +134,8 @@ def test_another_setting_is_refused_and_named(pod):
     code, said = sapo(pod, "--beta", 0.3)
     assert code == 2
     assert (
-        "holds the output of another run: beta was the default, is 0.3; give another directory, or --overwrite" in said
+        "is of another run: beta was 0.1, is 0.3; give the settings it was made with, another --output, or --overwrite"
+        in said
     )
 
 
@@ -145,7 +146,7 @@ def test_where_the_inputs_lie_does_not_matter_but_what_they_hold_does(pod, tmp_p
     assert "already done" in pod.must("data", "--source", moved, "--test_rows", 16, "--output", uri("data"))
     moved.write_bytes(rows.read_bytes().replace(b"my dog", b"my cow"))
     code, said = pod.run("data", "--source", moved, "--test_rows", 16, "--output", uri("data"))
-    assert (code, "holds the output of another run: source was" in said) == (2, True)
+    assert (code, "is of another run: other source; give" in said) == (2, True)
 
 
 def test_a_checkpoint_in_the_bucket_can_be_named(pod):
@@ -190,7 +191,7 @@ def test_overwrite_replaces_all_that_was_there(pod, tmp_path):
         ({}, "s3://nowhere/new", "there is no such bucket"),
         ({"AWS_ACCESS_KEY_ID": READER_KEY, "AWS_SECRET_ACCESS_KEY": READER_SECRET}, uri("new"), "no permission for"),
         ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, uri("new"), "the store does not answer at http://127.0.0.1:9"),
-        ({}, uri("data"), "holds the output of another run"),
+        ({}, uri("data"), "is of another run"),
     ],
 )
 def test_a_dry_run_finds_what_would_fail(pod, environment, output, message):
@@ -304,7 +305,7 @@ def test_a_local_output_is_done_already_too(local):
 def test_a_local_output_of_other_settings_or_with_a_file_missing_is_refused(local):
     pod, command, output = local
     code, said = pod.run("data", *command, "--seed", 1)
-    assert (code, "seed was the default, is 1" in said) == (2, True)
+    assert (code, "seed was 42, is 1" in said) == (2, True)
     (output / "test.jsonl").unlink()
     code, said = pod.run("data", *command)
     assert (code, "is not empty" in said) == (2, True)
