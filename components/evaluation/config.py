@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from components.common.generation.engines import EngineName
 from components.common.stage.config import REQUIRED, StageConfig, setting
 from components.evaluation.benchmarks import LEADERBOARD, MODULES
 from components.evaluation.judged_config import JudgedConfig
@@ -32,7 +33,7 @@ class EvaluationConfig(JudgedConfig, StageConfig):
     limit: int | None = setting(
         None, "Use this many documents of each benchmark (of each MMLU subject), its first ones; none: all.", "all"
     )
-    engine: Literal["hf", "vllm"] = setting(
+    engine: EngineName = setting(
         "hf", "What computes answers: Hugging Face transformers, or vLLM. held_out always takes transformers."
     )
     batch_size: int = setting(8, "Prompts per forward pass; those of held_out have four replies each.")

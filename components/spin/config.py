@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from components.common.generation.engines import EngineName
 from components.common.stage.config import setting
 from components.common.training.config import TrainingStageConfig, has_fast_bfloat16
 
@@ -50,7 +51,7 @@ class SPINSettings:
     temperature: float = setting(1.0, "Sampling temperature; 0 is greedy.", "not given; 1 in the SPIN code")
     top_k: int = setting(0, "Sample among this many tokens; 0 for all.", "not given; all in the SPIN code")
     top_p: float = setting(1.0, "Sample among tokens of this total probability.", "not given; 1 in the SPIN code")
-    sampler: Literal["hf", "vllm"] = setting("hf", "Engine that generates: transformers' generate, or vLLM.")
+    sampler: EngineName = setting("hf", "Engine that generates: transformers' generate, or vLLM.")
     sampler_batch_size: int = setting(
         64, "Prompts handed to each engine together; each batch is saved when it is done."
     )
