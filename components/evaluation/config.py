@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from components.common.generation.engines import EngineName
 from components.common.stage.config import REQUIRED, StageConfig, setting
-from components.evaluation.benchmarks import LEADERBOARD, MODULES
 from components.evaluation.judged_config import JudgedConfig
+from components.evaluation.registry import BENCHMARKS, GROUPS
 
 # Settings that say where things go or how fast they go; a resumed run may change them.
 STAGE = {field.name for field in dataclasses.fields(StageConfig)}
@@ -27,7 +27,9 @@ class EvaluationConfig(JudgedConfig, StageConfig):
     name: str | None = setting(None, "What the report calls this model; none: the name of its directory.")
     benchmarks: tuple[str, ...] = setting(
         ("held_out",),
-        f"What to run: {', '.join(MODULES)}; `leaderboard` is {', '.join(LEADERBOARD)}.",
+        f"What to run: {', '.join(BENCHMARKS)}; "
+        + "; ".join(f"`{group}` is {', '.join(members)}" for group, members in GROUPS.items())
+        + ".",
         "leaderboard, ifeval, mt_bench, alpaca_eval",
     )
     limit: int | None = setting(
@@ -85,12 +87,11 @@ class EvaluationConfig(JudgedConfig, StageConfig):
         self.check_judged()
 
     def _expanded(self) -> tuple[str, ...]:
-        """The benchmarks, each once, with `leaderboard` spelled out."""
-        unknown = [name for name in self.benchmarks if name not in (*MODULES, "leaderboard")]
-        if unknown or not self.benchmarks:
-            allowed = ", ".join((*MODULES, "leaderboard"))
-            raise ValueError(f"benchmarks = {list(self.benchmarks)}: must be a list of {allowed}")
-        spelled = [LEADERBOARD if name == "leaderboard" else (name,) for name in self.benchmarks]
+        """The benchmarks, each once, with groups spelled out."""
+        known = (*BENCHMARKS, *GROUPS)
+        if not self.benchmarks or any(name not in known for name in self.benchmarks):
+            raise ValueError(f"benchmarks = {list(self.benchmarks)}: must be a list of {', '.join(known)}")
+        spelled = [GROUPS.get(name, (name,)) for name in self.benchmarks]
         return tuple(dict.fromkeys(name for names in spelled for name in names))
 
     def recorded(self) -> dict[str, Any]:

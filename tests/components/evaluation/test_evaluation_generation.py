@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 from components.common.core.errors import UserError
 from components.common.models.chat_templates import encode_prompt
 from components.common.models.loading import load_model, load_tokenizer
-from components.evaluation import generation
-from components.evaluation.generation import GenerationSettings, Generator, Request, read_answers
+from components.evaluation.judged import generation
+from components.evaluation.judged.generation import GenerationSettings, Generator, Request, read_answers
 from components.model.__main__ import main as make_model
 
 SETTINGS = GenerationSettings(engine="hf", dtype="float32", max_new_tokens=6, max_length=512, seed=1)

@@ -16,12 +16,13 @@ from lm_eval.tasks import TaskManager
 from components.common.core.errors import UserError
 from components.common.models.loading import load_tokenizer
 from components.common.storage.locations import package_directory
-from components.evaluation import ifeval_data, leaderboard
 from components.evaluation.__main__ import main
-from components.evaluation.benchmarks import HEADLINES, LEADERBOARD
 from components.evaluation.config import EvaluationConfig
+from components.evaluation.lm_eval import benchmark as leaderboard
+from components.evaluation.lm_eval import ifeval_data
+from components.evaluation.registry import GROUPS, HEADLINES
 
-ALL = (*LEADERBOARD, "ifeval")
+ALL = (*GROUPS["leaderboard"], "ifeval")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,16 +85,16 @@ def test_shots_and_splits_are_those_of_lm_evals_openllm_group():
         entry["task"]: entry for entry in yaml.safe_load(folder_of("benchmarks/openllm.yaml").read_text())["task"]
     }
     listed["truthfulqa_mc2"] = listed.pop("truthfulqa")
-    assert set(listed) == set(LEADERBOARD)
+    assert set(listed) == set(GROUPS["leaderboard"])
     for name, entry in listed.items():
-        assert leaderboard.BENCHMARKS[name].shots == entry["num_fewshot"]
-        assert leaderboard.BENCHMARKS[name].fewshot_split == entry.get("fewshot_split")
-    assert leaderboard.BENCHMARKS["ifeval"].shots == 0
+        assert leaderboard.TASKS[name].shots == entry["num_fewshot"]
+        assert leaderboard.TASKS[name].fewshot_split == entry.get("fewshot_split")
+    assert leaderboard.TASKS["ifeval"].shots == 0
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_names_metrics_and_data_are_those_of_lm_evals_tasks(name: str):
-    benchmark = leaderboard.BENCHMARKS[name]
+    benchmark = leaderboard.TASKS[name]
     index = TaskManager(include_defaults=False, include_path=[folder_of(benchmark.folder)]).task_index
     assert name in index
     tasks = [entry.cfg for task, entry in index.items() if entry.cfg and (task == name or task.startswith("mmlu_"))]
@@ -206,7 +207,8 @@ class Oracle(LM):
 def scored(name: str, settings: EvaluationConfig, answers: dict[str, str]) -> dict[str, dict[str, Any]]:
     tasks = leaderboard.load_tasks(name, settings)
     outcome = leaderboard._evaluate(Oracle(answers), tasks, settings, chat=False)
-    return {entry["metric"]: dict(entry) for entry in leaderboard.entries(name, outcome)}
+    task = leaderboard.TASKS[name]
+    return {entry["metric"]: dict(entry) for entry in task.read(name, task.metrics, "", outcome)}
 
 
 def test_gsm8k_by_hand(model: Path, task_data: Path):

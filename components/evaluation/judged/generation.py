@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,13 +21,11 @@ from components.common.core.progress import progress
 from components.common.generation.engines import ENGINES, EngineName, EngineSettings, check_engine, open_engine
 from components.common.generation.protocol import Sampler, SamplingSettings, request_seed
 from components.common.models.chat_templates import encode_prompt
-from components.common.models.loading import load_config, load_tokenizer, model_digest, stop_ids
+from components.common.models.loading import load_tokenizer, model_digest, stop_ids
 from components.common.storage.locations import existing_path
-from components.evaluation.journal import Journal, digest, read_entries
-
-if TYPE_CHECKING:
-    from components.evaluation.benchmarks import Context
-    from components.evaluation.config import EvaluationConfig
+from components.evaluation.config import EvaluationConfig
+from components.evaluation.context import Context, window
+from components.evaluation.judged.journal import Journal, digest, read_entries
 
 logger = logging.getLogger(__name__)
 
@@ -199,13 +197,13 @@ class Generator:
         return self._sampler
 
 
-def open_generator(config: "EvaluationConfig", context: "Context", max_new_tokens: int) -> Generator:
+def open_generator(config: EvaluationConfig, context: Context, max_new_tokens: int) -> Generator:
     """The generator of a benchmark, as the stage's settings say."""
     settings = GenerationSettings(
         engine=config.engine,
         dtype="bfloat16" if context.dtype == "bfloat16" else "float32",
         max_new_tokens=max_new_tokens,
-        max_length=window(config.model, config.max_length),
+        max_length=window(config),
         seed=config.seed,
     )
     engine = ENGINES[config.engine]
@@ -221,20 +219,11 @@ def open_generator(config: "EvaluationConfig", context: "Context", max_new_token
     )
 
 
-def check_generation(config: "EvaluationConfig") -> None:
+def check_generation(config: EvaluationConfig) -> None:
     """Raises UserError when answers cannot be generated: no model, no chat template, no engine."""
     load_tokenizer(config.model)
-    window(config.model, config.max_length)
+    window(config)
     check_engine(config.engine)
-
-
-def window(model: str, max_length: int | None) -> int:
-    """Tokens that a prompt and its answer may have: the model's own, or fewer when asked for."""
-    own = getattr(load_config(model).get_text_config(), "max_position_embeddings", None)
-    limits = [limit for limit in (own, max_length) if limit]
-    if not limits:
-        raise UserError(f"--model {model}: its config.json names no max_position_embeddings; give --max_length")
-    return min(limits)
 
 
 def prompt_window(settings: GenerationSettings) -> int:
