@@ -11,6 +11,7 @@ import pytest
 import yaml
 from leaderboard_data import folder_of, gsm8k, write, write_all
 from lm_eval.api.model import LM
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from components.common.core.errors import UserError
@@ -20,7 +21,8 @@ from components.evaluation.__main__ import main
 from components.evaluation.config import EvaluationConfig
 from components.evaluation.lm_eval import benchmark as leaderboard
 from components.evaluation.lm_eval import ifeval_data
-from components.evaluation.registry import GROUPS, HEADLINES
+from components.evaluation.lm_eval.loading import load_tasks, stop_at
+from components.evaluation.registry import BENCHMARKS, GROUPS, HEADLINES
 
 ALL = (*GROUPS["leaderboard"], "ifeval")
 
@@ -109,6 +111,21 @@ def test_names_metrics_and_data_are_those_of_lm_evals_tasks(name: str):
             assert wanted.split(",")[1] in filters
     if name in HEADLINES:
         assert next(iter(benchmark.metrics)) == HEADLINES[name]
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("gsm8k", 256), ("ifeval", 1280)])
+def test_answers_have_the_tokens_of_lm_evals_task_or_its_default(
+    name: str, tokens: int, model: Path, task_data: Path, punkt: str
+):
+    settings = config(model, task_data, nltk_data=punkt)
+    loaded = load_tasks(name, settings)["tasks"]
+    assert loaded[name].config.generation_kwargs.get("max_gen_toks", HFLM.max_gen_toks.fget(None)) == tokens
+    assert stop_at(loaded, [], load_tokenizer(str(model)), 4096)["max_new_tokens"] == tokens
+
+
+def test_every_task_is_a_benchmark_and_the_other_way_round():
+    module = leaderboard.__name__
+    assert set(leaderboard.TASKS) == {name for name, entry in BENCHMARKS.items() if entry.module == module}
 
 
 EXAMPLES = {  # what opens an example, and how often it stands in a prompt
