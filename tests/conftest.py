@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import third_engine as third
 import torch
+
+from components.common.generation.engines import ENGINES
 
 # Tests use models of a few thousand parameters: one thread is fastest, and does not fight other processes for cores.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -93,3 +96,11 @@ def no_stray_tensorboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Stages set this variable; a test must not leave it to the next."""
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
     yield
+
+
+@pytest.fixture
+def third_engine(monkeypatch: pytest.MonkeyPatch) -> list["third.ThirdSampler"]:
+    """Enters an engine named "third" into the table; gives every one that is started, the newest last."""
+    monkeypatch.setitem(ENGINES, "third", third.ENTRY)
+    monkeypatch.setattr(third, "STARTED", [])
+    return third.STARTED

@@ -11,13 +11,8 @@ from typing import Any
 
 from components.common.core.conversations import Message
 from components.common.core.errors import UserError
-from components.data.config import DataConfig
-from components.data.formats import Fields, Notes
+from components.data.layout import Fields, FilteredError, Limits, Notes
 from components.data.sources import Record, Source, load_json
-
-
-class FilteredError(Exception):
-    """A row that is whole, but that the settings do not want; the message is the reason."""
 
 
 def read_chitchat(source: Source) -> Iterator[Record]:
@@ -37,7 +32,7 @@ def read_chitchat(source: Source) -> Iterator[Record]:
                 yield Record(source.name(path), number, None, f"not a JSON object but {type(value).__name__}")
 
 
-def windows(conversation: Fields, config: DataConfig, notes: Notes) -> Iterator[Fields]:
+def windows(conversation: Fields, limits: Limits, notes: Notes) -> Iterator[Fields]:
     """Fields of a row for every response in a conversation; between two responses lies at least one turn.
 
     Raises:
@@ -47,14 +42,14 @@ def windows(conversation: Fields, config: DataConfig, notes: Notes) -> Iterator[
     turns = _turns(conversation["messages"])
     if len(turns) < 2:
         raise FilteredError("conversation with fewer than two turns")
-    ends = _response_positions(turns, config, notes)
+    ends = _response_positions(turns, limits, notes)
     if not ends:
         raise FilteredError("conversation without a turn that could be a response")
     for end in ends:
         yield {
             "id": f"{conversation['conversation_id']}-{end}",
             "conversation": conversation["conversation_id"],
-            "prompt": _prompt(turns[:end], config),
+            "prompt": _prompt(turns[:end], limits),
             "chosen": [{"role": "assistant", "content": turns[end]}],
         }
 
@@ -77,12 +72,12 @@ def _text(utterance: Any) -> str:
     return utterance["text"].strip()
 
 
-def _response_positions(turns: list[str], config: DataConfig, notes: Notes) -> list[int]:
+def _response_positions(turns: list[str], limits: Limits, notes: Notes) -> list[int]:
     ends: list[int] = []
     for position, turn in enumerate(turns[1:], start=1):
-        if len(turn) < config.min_response_characters:
+        if len(turn) < limits.min_response_characters:
             notes["turns too short to be a response"] += 1
-        elif config.max_response_characters is not None and len(turn) > config.max_response_characters:
+        elif limits.max_response_characters is not None and len(turn) > limits.max_response_characters:
             notes["turns too long to be a response"] += 1
         elif ends and position - ends[-1] < 2:
             notes["turns directly after a response, used as prompt only"] += 1
@@ -91,11 +86,11 @@ def _response_positions(turns: list[str], config: DataConfig, notes: Notes) -> l
     return ends
 
 
-def _prompt(before: list[str], config: DataConfig) -> list[Message]:
+def _prompt(before: list[str], limits: Limits) -> list[Message]:
     """The turns before a response: as many as the limits allow, and an odd number, so that the user speaks first."""
-    count = min(len(before), config.max_turns or len(before))
+    count = min(len(before), limits.max_turns or len(before))
     count -= 1 - count % 2
-    while count > 1 and sum(map(len, before[-count:])) > (config.max_prompt_characters or float("inf")):
+    while count > 1 and sum(map(len, before[-count:])) > (limits.max_prompt_characters or float("inf")):
         count -= 2
     # Counted back from the response: the turn right before it is the user's.
     return [

@@ -7,8 +7,9 @@ from typing import Literal
 from components.common.core.identity import Role
 from components.common.stage.config import REQUIRED, StageConfig, setting
 from components.common.storage.locations import scheme, split_hub
+from components.data.formats import PACKAGES, FormatName, known_layouts
 
-CHITCHAT = "pypi://chitchat-dataset"
+PACKAGE_URIS = ", ".join(PACKAGES)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -18,15 +19,15 @@ class DataConfig(StageConfig):
     source: str = setting(
         REQUIRED,
         "Where the conversations come from: a .jsonl, .json or .parquet file, a directory of such files, "
-        f"hf://owner/name[@revision], or {CHITCHAT}.",
+        f"hf://owner/name[@revision], or {PACKAGE_URIS}.",
         paper="hf://argilla/distilabel-capybara-dpo-7k-binarized",
         role=Role.INPUT,
     )
     source_split: str | None = setting(
         None, "For a directory or a hub data set: read only the files named after this split, e.g. train_sft."
     )
-    format: Literal["auto", "conversation", "capybara", "deita", "sharegpt", "alpaca", "chitchat"] = setting(
-        "auto", "Layout of the rows; auto looks at the fields of the first rows."
+    format: FormatName = setting(
+        "auto", f"Layout of the rows; auto looks at the fields of the first rows. {known_layouts()}."
     )
 
     test_rows: int | float = setting(
@@ -90,12 +91,14 @@ def _check_source(name: str, uri: str | None, format: str) -> None:
     if uri is None:
         return
     if not uri.strip():
-        raise ValueError(f"{name} is empty; give a path, hf://owner/name, or {CHITCHAT}")
+        raise ValueError(f"{name} is empty; give a path, hf://owner/name, or {PACKAGE_URIS}")
     if scheme(uri) not in ("", "hf", "pypi"):
-        raise ValueError(f"{name} = {uri!r}: {scheme(uri)}:// is not read; give a path, hf://owner/name, or {CHITCHAT}")
+        raise ValueError(
+            f"{name} = {uri!r}: {scheme(uri)}:// is not read; give a path, hf://owner/name, or {PACKAGE_URIS}"
+        )
     if scheme(uri) == "hf":
         split_hub(uri)
-    if scheme(uri) == "pypi" and uri != CHITCHAT:
-        raise ValueError(f"{name} = {uri!r}: the only package that can be read is {CHITCHAT}")
-    if scheme(uri) == "pypi" and format not in ("auto", "chitchat"):
+    if scheme(uri) == "pypi" and uri not in PACKAGES:
+        raise ValueError(f"{name} = {uri!r}: the only package that can be read is {PACKAGE_URIS}")
+    if uri in PACKAGES and format not in ("auto", PACKAGES[uri]):
         raise ValueError(f"format = {format!r} does not fit {name} = {uri!r}; leave it at auto")

@@ -1,17 +1,15 @@
-"""From a raw row to `prompt` and `chosen`, for each layout that conversations are published in.
+"""The layouts that conversations are published in: from a raw row to `prompt` and `chosen`.
 
-A converter takes a raw row and a counter of notes (what it changed, for the statistics) and returns a row's fields.
-It raises ValueError with the reason where the row is broken; roles and contents are checked afterwards, by `check_row`.
+A new layout is an entry of `LAYOUTS` and the functions it names. The choices and the help of `--format`, the table of the
+README and the error about an unknown layout follow from the entry.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from components.common.core.conversations import Message, check_messages
-
-Fields = dict[str, Any]
-Notes = Counter[str]
+from components.data.chitchat import read_chitchat, windows
+from components.data.layout import Fields, Layout, Notes, one_row
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 
@@ -72,32 +70,35 @@ def from_alpaca(row: Fields, notes: Notes) -> Fields:
     return {"prompt": [_message("user", prompt)], "chosen": [_message("assistant", output)]}
 
 
-CONVERTERS: dict[str, Callable[[Fields, Notes], Fields]] = {
-    "conversation": from_conversation,
-    "capybara": from_capybara,
-    "deita": from_messages,
-    "sharegpt": from_sharegpt,
-    "alpaca": from_alpaca,
-}
-
-
 def detect_format(rows: Iterable[Fields]) -> str | None:
     """The layout of the first row that fits one, or None."""
     return next((format for row in rows if (format := _format_of(row))), None)
 
 
 def _format_of(row: Fields) -> str | None:
-    fields = {name for name, value in row.items() if value is not None}
-    # Capybara has a `prompt` of text too, so `chosen` decides: is it a conversation or an answer?
-    if isinstance(row.get("chosen"), list) and len(row["chosen"]) > 1:
-        return "capybara"
-    if {"messages", "prompt_id"} <= fields and not fields & {"chosen", "completion"}:
-        return "deita"
-    if "messages" in fields or ("prompt" in fields and fields & {"chosen", "completion"}):
-        return "conversation"
-    if "conversations" in fields:
-        return "sharegpt"
-    return "alpaca" if {"instruction", "output"} <= fields else None
+    present = {name: value for name, value in row.items() if value is not None}
+    return next((name for name, layout in LAYOUTS.items() if layout.detects and layout.detects(present)), None)
+
+
+def is_conversation(row: Fields) -> bool:
+    return "messages" in row or ("prompt" in row and bool(row.keys() & {"chosen", "completion"}))
+
+
+def is_deita(row: Fields) -> bool:
+    return {"messages", "prompt_id"} <= row.keys() and not row.keys() & {"chosen", "completion"}
+
+
+def is_capybara(row: Fields) -> bool:
+    """It has a `prompt` of text too, as TRL's layout does, so `chosen` decides: is it a conversation or an answer?"""
+    return isinstance(row.get("chosen"), list) and len(row["chosen"]) > 1
+
+
+def is_sharegpt(row: Fields) -> bool:
+    return "conversations" in row
+
+
+def is_alpaca(row: Fields) -> bool:
+    return {"instruction", "output"} <= row.keys()
 
 
 def _required(row: Fields, field: str) -> Any:
@@ -132,3 +133,64 @@ def _split_conversation(messages: Any, field: str, notes: Notes) -> tuple[list[M
     if len(checked) == 1:
         raise ValueError(f"wrong role order: {field} has no user message before the assistant's")
     return checked[:-1], checked[-1:]
+
+
+# By name, as `--format` takes it. `detects` gets the fields of a row that are not null; the first layout that says yes has it.
+LAYOUTS: dict[str, Layout] = {
+    "capybara": Layout(
+        fields="`chosen` and `rejected` as whole conversations",
+        response="last message of `chosen`; `rejected` stays where its prompt is the same",
+        converts=one_row(from_capybara),
+        detects=is_capybara,
+    ),
+    "deita": Layout(
+        fields="`messages`, `prompt_id`",
+        response="last assistant message; a user message after it is dropped and counted",
+        converts=one_row(from_messages),
+        detects=is_deita,
+    ),
+    "conversation": Layout(
+        fields="`prompt` with `chosen` (and `rejected`) or `completion`, as text or message lists; or `messages`",
+        response="`chosen`, `completion`, or the last assistant message",
+        converts=one_row(from_conversation),
+        detects=is_conversation,
+    ),
+    "sharegpt": Layout(
+        fields="`conversations` of `{from: human or gpt or system, value}`, optional `system`",
+        response="last `gpt` message",
+        converts=one_row(from_sharegpt),
+        detects=is_sharegpt,
+    ),
+    "alpaca": Layout(
+        fields="`instruction`, `input` (may be empty or missing) and `output`",
+        response="`output`",
+        converts=one_row(from_alpaca),
+        detects=is_alpaca,
+    ),
+    "chitchat": Layout(
+        fields="`dataset.json` of the package; never told by `auto`, implied by `pypi://`",
+        response="see below",
+        converts=windows,
+        package="pypi://chitchat-dataset",
+        reads=read_chitchat,
+    ),
+}
+
+# The layouts that come as a package, by its URI.
+PACKAGES = {layout.package: name for name, layout in LAYOUTS.items() if layout.package}
+
+# The type of the setting `format`: its choices are the names of the table.
+if TYPE_CHECKING:
+    FormatName: TypeAlias = str
+else:
+    FormatName = Literal[("auto", *LAYOUTS)]
+
+
+def known_layouts(told_by_fields: bool = False) -> str:
+    """The table's names and fields, for `--help` and messages.
+
+    Args:
+        told_by_fields: leave out the layouts that `auto` does not tell.
+    """
+    listed = {name: layout for name, layout in LAYOUTS.items() if layout.detects or not told_by_fields}
+    return "; ".join(f"{name}: {layout.fields.replace('`', '')}" for name, layout in listed.items())

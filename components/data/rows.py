@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from components.common.core.conversations import Message, Row, check_row
 from components.common.core.errors import UserError
-from components.data.chitchat import FilteredError, read_chitchat, windows
-from components.data.config import CHITCHAT, DataConfig
-from components.data.formats import CONVERTERS, Fields, Notes, detect_format
+from components.data.config import DataConfig
+from components.data.formats import LAYOUTS, PACKAGES, detect_format, known_layouts
+from components.data.layout import FilteredError, Notes
 from components.data.sources import Record, Source, read_records, where
 
 ROWS_TO_DETECT_FROM = 100
@@ -61,20 +61,14 @@ class Collection:
             self._reject(record, "broken", record.problem)
             return
         try:
-            for fields in self._convert(record.value, format):
+            for fields in LAYOUTS[format].converts(record.value, self.config, self.notes):
                 yield from self._read_fields(record, fields)
         except ValueError as error:
             self._reject(record, "broken", str(error))
         except FilteredError as error:
             self._reject(record, "filtered", str(error))
 
-    def _convert(self, value: Fields, format: str) -> Iterator[Fields]:
-        if format == "chitchat":
-            yield from windows(value, self.config, self.notes)
-        else:
-            yield CONVERTERS[format](value, self.notes)
-
-    def _read_fields(self, record: Record, fields: Fields) -> Iterator[Example]:
+    def _read_fields(self, record: Record, fields: dict[str, Any]) -> Iterator[Example]:
         identity = fields.get("id") or _identity(record)
         try:
             row = check_row({**fields, "id": identity})
@@ -165,11 +159,10 @@ def records_and_format(source: Source, format: str) -> tuple[Iterator[Record], s
     Raises:
         UserError: the layout cannot be told.
     """
-    if format == "chitchat" or source.uri == CHITCHAT:
-        return read_chitchat(source), "chitchat"
-    records = read_records(source)
+    format = PACKAGES.get(source.uri, format)
     if format != "auto":
-        return records, format
+        return LAYOUTS[format].reads(source), format
+    records = read_records(source)
     first = list(itertools.islice(records, ROWS_TO_DETECT_FROM))
     rows = [record.value for record in first if record.value is not None]
     if not first:
@@ -179,7 +172,6 @@ def records_and_format(source: Source, format: str) -> tuple[Iterator[Record], s
     if not (detected := detect_format(rows)):
         raise UserError(
             f"{source.uri}: its layout is none that can be read; the first row has the fields "
-            f"{', '.join(map(repr, rows[0])) or '(none)'}; known are messages; prompt with chosen or completion; "
-            "chosen as a whole conversation; conversations; instruction with output"
+            f"{', '.join(map(repr, rows[0])) or '(none)'}; known are {known_layouts(told_by_fields=True)}"
         )
     return itertools.chain(first, records), detected

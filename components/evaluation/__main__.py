@@ -1,11 +1,5 @@
 """evaluation: scores a model on the benchmarks of the paper, and on the held-out split of the data stage.
 
-held_out      the true next reply among four, and the perplexity of the true replies; offline
-leaderboard   Open LLM Leaderboard v1 through lm-eval: ARC-Challenge, HellaSwag, MMLU, TruthfulQA, WinoGrande, GSM8K
-ifeval        instructions that a program can check
-mt_bench      two-turn questions, answers graded by a judge behind an OpenAI-compatible endpoint
-alpaca_eval   AlpacaEval 2.0: win rates against GPT-4's answers, by a judge
-
 python -m components.evaluation --data runs/data --model runs/sft --output runs/evaluation-sft
 """
 
@@ -22,9 +16,11 @@ from components.common.stage.outputs import check_output, prepare_output
 from components.common.stage.parser import ConfigParser
 from components.common.stage.run import run_stage
 from components.evaluation import results
-from components.evaluation.benchmarks import Context, Outcome, load_benchmark
+from components.evaluation.benchmark import Outcome
 from components.evaluation.config import EvaluationConfig
+from components.evaluation.context import Context, load_benchmark, pick_device
 from components.evaluation.provenance import digests
+from components.evaluation.registry import BENCHMARKS, help_lines
 
 logger = logging.getLogger(__name__)
 
@@ -32,16 +28,16 @@ logger = logging.getLogger(__name__)
 def main(argv: Sequence[str]) -> None:
     parser = ConfigParser("evaluation", [EvaluationConfig])
     if {"-h", "--help"} & set(argv):
-        print(parser.help(__doc__ or ""))
+        print(parser.help(f"{__doc__}\n{help_lines()}"))
         return
     (config,) = parser.parse(argv)
     config.resume = config.resume or results.is_unfinished(config)
     started = time.monotonic()
     _check_output(config)
-    if config.benchmarks == ("held_out",):  # needs no hub; the libraries read these when they are imported
+    if not any(
+        BENCHMARKS[name].needs_hub for name in config.benchmarks
+    ):  # the libraries read these when they are imported
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
-
-    from components.evaluation.harness import pick_device
 
     device, dtype = pick_device(config)
     if config.resume:

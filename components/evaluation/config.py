@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from components.common.core.identity import Role
+from components.common.generation.engines import EngineName
 from components.common.stage.config import REQUIRED, Resumption, StageConfig, setting
-from components.evaluation.benchmarks import LEADERBOARD, MODULES
 from components.evaluation.judged_config import JudgedConfig
+from components.evaluation.registry import BENCHMARKS, GROUPS
 
 # The record of an output's run; it is written first, so a stage can go on in an output that has it.
 SETTINGS = "settings.json"
@@ -32,14 +33,16 @@ class EvaluationConfig(JudgedConfig, StageConfig):
     )
     benchmarks: tuple[str, ...] = setting(
         ("held_out",),
-        f"What to run: {', '.join(MODULES)}; `leaderboard` is {', '.join(LEADERBOARD)}.",
+        f"What to run: {', '.join(BENCHMARKS)}; "
+        + "; ".join(f"`{group}` is {', '.join(members)}" for group, members in GROUPS.items())
+        + ".",
         "leaderboard, ifeval, mt_bench, alpaca_eval",
         role=Role.SCOPE,
     )
     limit: int | None = setting(
         None, "Use this many documents of each benchmark (of each MMLU subject), its first ones; none: all.", "all"
     )
-    engine: Literal["hf", "vllm"] = setting(
+    engine: EngineName = setting(
         "hf", "What computes answers: Hugging Face transformers, or vLLM. held_out always takes transformers."
     )
     batch_size: int = setting(
@@ -103,12 +106,11 @@ class EvaluationConfig(JudgedConfig, StageConfig):
         self.check_judged()
 
     def _expanded(self) -> tuple[str, ...]:
-        """The benchmarks, each once, with `leaderboard` spelled out."""
-        unknown = [name for name in self.benchmarks if name not in (*MODULES, "leaderboard")]
-        if unknown or not self.benchmarks:
-            allowed = ", ".join((*MODULES, "leaderboard"))
-            raise ValueError(f"benchmarks = {list(self.benchmarks)}: must be a list of {allowed}")
-        spelled = [LEADERBOARD if name == "leaderboard" else (name,) for name in self.benchmarks]
+        """The benchmarks, each once, with groups spelled out."""
+        known = (*BENCHMARKS, *GROUPS)
+        if not self.benchmarks or any(name not in known for name in self.benchmarks):
+            raise ValueError(f"benchmarks = {list(self.benchmarks)}: must be a list of {', '.join(known)}")
+        spelled = [GROUPS.get(name, (name,)) for name in self.benchmarks]
         return tuple(dict.fromkeys(name for names in spelled for name in names))
 
     def recorded(self) -> dict[str, Any]:

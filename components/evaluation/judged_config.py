@@ -1,9 +1,21 @@
-"""Settings of the benchmarks whose answers a judge grades: MT-Bench and AlpacaEval."""
+"""The benchmarks whose answers a judge grades, MT-Bench and AlpacaEval, and their settings."""
 
 from dataclasses import dataclass
 
 from components.common.core.identity import Role
 from components.common.stage.config import setting
+from components.evaluation.benchmark import Benchmark
+
+JUDGED = {
+    "mt_bench": Benchmark(
+        module="components.evaluation.judged.mt_bench",
+        about="two-turn questions, answers graded by a judge behind an OpenAI-compatible endpoint",
+    ),
+    "alpaca_eval": Benchmark(
+        module="components.evaluation.judged.alpaca_eval",
+        about="AlpacaEval 2.0: win rates against GPT-4's answers, by a judge",
+    ),
+}
 
 
 @dataclass(kw_only=True)

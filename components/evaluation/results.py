@@ -17,8 +17,9 @@ from typing import Any
 from components.common.core.errors import UserError
 from components.common.core.identity import Identity, identity_of, refuse_other_run, roles_of
 from components.common.stage.inputs import contents
-from components.evaluation.benchmarks import HEADLINES, Metric, Outcome
+from components.evaluation.benchmark import Metric, Outcome
 from components.evaluation.config import SETTINGS, EvaluationConfig
+from components.evaluation.registry import BENCHMARKS, HEADLINES
 
 SCHEMA = 2
 OUTCOME = "outcome.json"
@@ -151,8 +152,9 @@ def table(results: dict[str, Any]) -> str:
 
 
 def label(entry: dict[str, Any]) -> str:
-    """One name for a benchmark's metric; those of held_out are unmistakable by themselves."""
-    return entry["metric"] if entry["benchmark"] == "held_out" else f"{entry['benchmark']}/{entry['metric']}"
+    """One name for a benchmark's metric; those of some are unmistakable by themselves."""
+    benchmark = BENCHMARKS.get(entry["benchmark"])
+    return entry["metric"] if benchmark and benchmark.bare_metrics else f"{entry['benchmark']}/{entry['metric']}"
 
 
 def flat_metrics(results: dict[str, Any]) -> dict[str, float]:

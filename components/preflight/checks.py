@@ -9,11 +9,10 @@ from typing import Any, Literal, NamedTuple
 from components.common.core.errors import UserError
 from components.common.storage.client import check_read, check_write, is_s3, split
 from components.common.storage.locations import scheme, split_hub
-from components.evaluation.judged_config import JudgedConfig
+from components.evaluation.judged_config import JUDGED, JudgedConfig
 from components.preflight.config import PreflightConfig
 
 TIMEOUT_SECONDS = 20
-JUDGED = {"mt_bench", "alpaca_eval"}  # the benchmarks of the evaluation that ask a judge
 HUB_KINDS = {"data": "dataset", "sft_data": "dataset", "model": "model", "evaluation": "dataset"}
 
 
@@ -40,7 +39,7 @@ def check_inputs(config: PreflightConfig) -> Iterator[Check]:
                 read.setdefault(f"{HUB_KINDS[stage]} {uri}")
             elif is_s3(uri):
                 read.setdefault(uri)
-        if stage == "evaluation" and (judged := JUDGED & set(settings.get("benchmarks", ()))):
+        if stage == "evaluation" and (judged := JUDGED.keys() & set(settings.get("benchmarks", ()))):
             if "alpaca_eval" in judged and "alpaca_eval_data" not in settings:
                 read.setdefault(f"dataset {JudgedConfig.alpaca_eval_data}")
             yield check_judge(settings)

@@ -14,8 +14,8 @@ With P parameters, T of them trained (T = P without an adapter), W processes and
 c is 2 in bfloat16 and 4 in float32. A sharded reference is this process's parts, which swap places with the policy's while they
 are scored (the 2). With an adapter the base is frozen (2 bytes a parameter in bfloat16, 0.516 in 4 bits: NF4 with an 8-bit
 scale for 64 weights and a float32 one for 256 scales; embeddings, head and norms not, and one layer at a time is whole), the
-reference costs an adapter at most. An engine of vLLM takes the share of the GPU that it is told to. Activations and logits are
-those of `pair_forward.py`: see `layer_bytes` and `logits_bytes`.
+reference costs an adapter at most. An engine with weights of its own takes the share of the GPU that it is told to. Activations
+and logits are those of `pair_forward.py`: see `layer_bytes` and `logits_bytes`.
 
 What lives at once differs from moment to moment, so the peak is what lives all the time plus the largest of: forward and
 backward, the optimizer's step, generation.
@@ -30,6 +30,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from components.common.generation.engines import ENGINES, Engine, EngineName
 from components.common.kernels.vocabulary_head import block_width
 from components.common.models.loading import whole_models
 
@@ -43,7 +44,6 @@ BITS4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight in NF4 with double qu
 PROMPTS_24GB = 16  # that generate has at once in a `*-24gb` recipe
 CUDA_CONTEXT = 1.5 * GIB  # an allowance for CUDA, NCCL and cuBLAS; not measured
 FRAGMENTATION = 0.05  # an allowance, as a share of what is allocated on a GPU
-VLLM_WORKSPACE = 2.0 * GIB  # an allowance for its activations while it prefills
 
 Parallelism = Literal["ddp", "zero2", "zero3", "fsdp2"]
 
@@ -162,12 +162,13 @@ class Setup:
         processes: one a GPU.
         optimizer: transformers' name.
         accumulates: gradients of an earlier micro-batch are there while the next one's are computed.
-        sampler: what generates; None for neither.
+        sampler: the engine that generates; None where nothing does.
         served_bytes: for each parameter, of a copy of the EMA for the sampler; 0 where there is none.
-        utilization: share of the GPU that vLLM takes.
-        sleeps: vLLM gives its memory back while the learner works.
+        utilization: share of the GPU that the engine takes, if it takes one.
+        sleeps: it gives that back while the learner works.
         overlaps: generation runs beside training.
-        cached_prompts, cached_length: that transformers' generate has at once, and their tokens with what is generated.
+        cached_prompts, cached_length: that an engine in this process's memory has at once, and their tokens with what is
+            generated.
         adapter: None trains every parameter.
     """
 
@@ -178,7 +179,7 @@ class Setup:
     reference: bool = True
     checkpointing: bool = False
     accumulates: bool = False
-    sampler: Literal["hf", "vllm"] | None = "hf"
+    sampler: EngineName | None = "hf"
     served_bytes: int = 0
     engine_bytes: int = 2
     utilization: float = 0.25
@@ -188,6 +189,25 @@ class Setup:
     cached_length: int = 0
     adapter: Adapter | None = None
     on_cpu: bool = False
+
+    @property
+    def engine(self) -> Engine | None:
+        return None if self.sampler is None else ENGINES[self.sampler]
+
+    @property
+    def serves_in_place(self) -> bool:
+        """Generation takes this process's memory, as it needs it."""
+        return self.engine is not None and self.engine.serves_in_place
+
+    @property
+    def engine_share(self) -> float:
+        """Share of the GPU that the engine takes for itself."""
+        return self.utilization if self.engine is not None and self.engine.takes_gpu_share else 0.0
+
+    @property
+    def engine_sleeps(self) -> bool:
+        """The engine gives its share back while the learner works."""
+        return self.sleeps and self.engine is not None and self.engine.can_sleep
 
     @property
     def cached_tokens(self) -> int:
@@ -254,8 +274,7 @@ class Plan:
 
 def plan(model: Architecture, batch: MicroBatch, setup: Setup, capacity: float) -> Plan:
     """Memory of one GPU with `capacity` bytes."""
-    awake = setup.sampler == "vllm" and not setup.sleeps
-    always = _weights(model, setup) | ({"vLLM": setup.utilization * capacity} if awake else {})
+    always = _weights(model, setup) | ({} if setup.engine_sleeps else _engine_share(setup, capacity))
     return Plan(
         always={name: size for name, size in always.items() if size},
         train=_training(model, batch, setup),
@@ -373,8 +392,8 @@ def _stepping(model: Architecture, setup: Setup) -> dict[str, float]:
 
 
 def _generating(model: Architecture, setup: Setup, capacity: float) -> dict[str, float]:
-    """What transformers' generate holds, or a vLLM engine that was asleep."""
-    if setup.sampler == "hf":
+    """What generating holds in this process's memory, or an engine that was asleep."""
+    if setup.serves_in_place:
         cache = 2 * model.layers * model.key_value * setup.engine_bytes * setup.cached_tokens
         found = {
             "key-value cache": cache,
@@ -383,7 +402,12 @@ def _generating(model: Architecture, setup: Setup, capacity: float) -> dict[str,
             "weights laid out for a CPU": _laid_out(model, setup),
         }
         return {name: size for name, size in found.items() if size}
-    return {"vLLM": setup.utilization * capacity} if setup.sampler == "vllm" and setup.sleeps else {}
+    return _engine_share(setup, capacity) if setup.engine_sleeps else {}
+
+
+def _engine_share(setup: Setup, capacity: float) -> dict[str, float]:
+    """What an engine takes of the GPU for itself, by its title; empty where it takes no share."""
+    return {setup.engine.title: setup.engine_share * capacity} if setup.engine and setup.engine_share else {}
 
 
 def _prefill(model: Architecture, setup: Setup) -> float:
@@ -401,14 +425,23 @@ def _laid_out(model: Architecture, setup: Setup) -> float:
 
 
 def engine_needs(model: Architecture, setup: Setup, length: int) -> float:
-    """The least that a vLLM engine can do with: weights, its workspace, and the cache of one sequence of `length` tokens."""
+    """The least that an engine's share of the GPU has to be: weights, its workspace, and the cache of one sequence.
+
+    Args:
+        length: tokens of the sequence.
+
+    Returns:
+        bytes; 0 where the engine takes no share.
+    """
+    if setup.engine is None or not setup.engine.takes_gpu_share:
+        return 0.0
     cache = 2 * model.layers * model.key_value * setup.engine_bytes * length
-    return setup.engine_bytes * model.parameters + cache + VLLM_WORKSPACE
+    return setup.engine_bytes * model.parameters + cache + setup.engine.workspace
 
 
 def remedies(batch: MicroBatch, setup: Setup) -> Iterator[tuple[str, MicroBatch, Setup]]:
     """Changes of settings that save memory, the cheapest first: fewer prompts together alone, others on top of those before."""
-    prompts = setup.cached_prompts if setup.sampler == "hf" else 0
+    prompts = setup.cached_prompts if setup.serves_in_place else 0
     while prompts > 1:
         prompts = (prompts + 1) // 2
         yield f"--sampler_batch_size {prompts}", batch, dataclasses.replace(setup, cached_prompts=prompts)
@@ -421,7 +454,7 @@ def remedies(batch: MicroBatch, setup: Setup) -> Iterator[tuple[str, MicroBatch,
     if not setup.checkpointing:
         setup = dataclasses.replace(setup, checkpointing=True)
         yield with_("gradient_checkpointing true"), batch, setup
-    if setup.sampler == "vllm" and not setup.sleeps and not setup.overlaps:
+    if setup.engine is not None and setup.engine.can_sleep and not setup.sleeps and not setup.overlaps:
         setup = dataclasses.replace(setup, sleeps=True)
         yield with_("sleep_level 1"), batch, setup
     if setup.processes > 1 and not setup.shards_weights and setup.adapter is None:
@@ -446,10 +479,11 @@ def _smaller(batch: MicroBatch, setup: Setup, texts: list[str]) -> Iterator[tupl
 
 
 def _in_4bit(setup: Setup) -> Setup:
-    """Of the same run with an adapter on a base in 4 bits, for which transformers' generate is the only sampler."""
+    """Of the same run with an adapter on a base in 4 bits, and an engine that can run one."""
     adapter = dataclasses.replace(setup.adapter, in_4bit=True)  # type: ignore[type-var]
     prompts = min(setup.cached_prompts, PROMPTS_24GB)
-    sampler: Any = setup.sampler and "hf"
+    able = [name for name, engine in ENGINES.items() if engine.serves_4bit]
+    sampler = setup.sampler if setup.sampler in (None, *able) else able[0]
     return dataclasses.replace(
         setup, adapter=adapter, sampler=sampler, overlaps=False, sleeps=False, cached_prompts=prompts
     )

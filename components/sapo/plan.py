@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from components.common.generation.engines import ENGINES
 from components.common.kernels.pair_logps import SUPPORTED
 from components.common.models.chat_templates import EncodedRow
 from components.sapo import memory
@@ -103,13 +104,13 @@ def _parts(parts: dict[str, float]) -> str:
 
 
 def _engine_lines(model: memory.Architecture, setup: memory.Setup, args: SAPOConfig, capacity: float) -> list[str]:
-    """What is wrong with vLLM's share of the GPU, if anything is."""
+    """What is wrong with the engine's share of the GPU, if anything is."""
     needed = memory.engine_needs(model, setup, args.max_length)
-    if setup.sampler != "vllm" or setup.on_cpu or needed <= setup.utilization * capacity:
+    if setup.engine is None or setup.on_cpu or needed <= setup.engine_share * capacity:
         return []
     share = math.ceil(needed / capacity * 100) / 100
     return [
-        f"        vLLM has {setup.utilization * capacity / GIB:.1f} GiB and needs {needed / GIB:.1f}: "
+        f"        {setup.engine.title} has {setup.engine_share * capacity / GIB:.1f} GiB and needs {needed / GIB:.1f}: "
         f"--gpu_memory_utilization {share:.2f} or more"
     ]
 
@@ -139,8 +140,8 @@ def _setup(rows: list[EncodedRow], args: SAPOConfig, node: Node, on_cpu: bool) -
     served = args.served_dtype()
     served_bytes = 0 if served is None else torch.finfo(served).bits // 8
     engine_bytes = 2 if args.engine_dtype() == "bfloat16" else 4
-    if sharded and args.sampler == "hf":
-        served_bytes = engine_bytes  # generate needs the whole model
+    if sharded and ENGINES[args.sampler].serves_in_place:
+        served_bytes = engine_bytes  # it needs the whole model
     prompt, whole = _longest(rows)
     longest = prompt if args.no_segment else max(prompt, whole - args.segment_length)  # with A
     prompts = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.responses_per_prompt

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from components.common.core.identity import Role
+from components.common.generation.engines import EngineName
 from components.common.stage.config import Resumption, setting
 from components.common.training.config import TrainingStageConfig, has_fast_bfloat16
 from components.common.training.roles import TrainerSettings
@@ -59,7 +60,7 @@ class SPINSettings(TrainerSettings):
     temperature: float = setting(1.0, "Sampling temperature; 0 is greedy.", "not given; 1 in the SPIN code")
     top_k: int = setting(0, "Sample among this many tokens; 0 for all.", "not given; all in the SPIN code")
     top_p: float = setting(1.0, "Sample among tokens of this total probability.", "not given; 1 in the SPIN code")
-    sampler: Literal["hf", "vllm"] = setting("hf", "Engine that generates: transformers' generate, or vLLM.")
+    sampler: EngineName = setting("hf", "Engine that generates: transformers' generate, or vLLM.")
     sampler_batch_size: int = setting(
         64, "Prompts handed to each engine together; each batch is saved when it is done."
     )

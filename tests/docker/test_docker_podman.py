@@ -137,8 +137,8 @@ def test_an_image_helps_and_runs_as_no_root_on_a_read_only_root(images: None, st
 def test_evaluation_has_the_data_of_ifeval_and_mt_bench(images: None) -> None:
     code = (
         "from components.evaluation.config import EvaluationConfig\n"
-        "from components.evaluation.ifeval_data import require_ifeval_data\n"
-        "from components.evaluation.mt_bench import load_data\n"
+        "from components.evaluation.lm_eval.ifeval_data import require_ifeval_data\n"
+        "from components.evaluation.judged.mt_bench import load_data\n"
         "require_ifeval_data('/none')\n"
         "print(len(load_data(EvaluationConfig(model='m', output='o', benchmarks=['mt_bench'])).questions))\n"
     )

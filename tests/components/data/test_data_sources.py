@@ -102,7 +102,7 @@ def test_split_that_is_not_there(run, tmp_path):
         (
             "rows.jsonl",
             '{"text": "Hi", "label": 1}\n',
-            "the first row has the fields 'text', 'label'; known are messages",
+            "the first row has the fields 'text', 'label'; known are capybara: chosen and rejected as whole",
         ),
     ],
 )

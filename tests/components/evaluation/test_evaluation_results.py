@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from components.common.core.errors import UserError
-from components.evaluation.benchmarks import HEADLINES, Context, Metric, Outcome
+from components.evaluation.benchmark import Metric, Outcome
 from components.evaluation.config import EvaluationConfig
+from components.evaluation.context import Context
 from components.evaluation.provenance import END, digests
+from components.evaluation.registry import HEADLINES
 from components.evaluation.results import (
     assemble,
     check_resumable,

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from report_samples import WriteEvaluation, WriteTraining, measurement, pair
 
-from components.evaluation.benchmarks import HEADLINES
+from components.evaluation.registry import HEADLINES
 from components.report import paper
 from components.report.__main__ import main
 from components.report.artifacts import Evaluation

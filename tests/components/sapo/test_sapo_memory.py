@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig
 
 from benchmarks.shapes import Shape, make_pairs, save, smollm2_shape
+from components.common.generation.engines import ENGINES
 from components.common.kernels.pair_logps import response_logps, shared_prefix_attention
 from components.common.kernels.pair_packing import collate
 from components.sapo import memory
@@ -193,3 +194,21 @@ def test_the_plan_of_smollm2_is_near_its_measured_peak(checkpointing, tmp_path):
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
     assert found["planned"] == pytest.approx(found["measured"], rel=0.15)
+
+
+def test_what_an_engine_takes_follows_from_what_it_can_do(llama, third_engine, monkeypatch):
+    """One that takes a share has it all the time, unless it can sleep and does; another takes nothing of this process."""
+    entry = ENGINES["third"]
+    setup = Setup(sampler="third", utilization=0.5, sleeps=True, cached_prompts=8, cached_length=64)
+
+    def planned(**able) -> memory.Plan:
+        monkeypatch.setitem(ENGINES, "third", dataclasses.replace(entry, **able))
+        return memory.plan(llama, SMALL, setup, 10 * GIB)
+
+    assert "Third" not in planned().always and planned().generate == {}
+    assert memory.engine_needs(llama, setup, 0) == 0
+    assert planned(takes_gpu_share=True).always["Third"] == 5 * GIB
+    assert planned(takes_gpu_share=True, can_sleep=True).generate == {"Third": 5 * GIB}
+    assert "key-value cache" in planned(serves_in_place=True).generate
+    planned(takes_gpu_share=True, workspace=3.0)
+    assert memory.engine_needs(llama, setup, 0) == 2 * llama.parameters + 3

@@ -10,21 +10,19 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from components.common.core.errors import UserError
 from components.common.storage.locations import existing_path, package_directory, scheme
-from components.evaluation import generation
-from components.evaluation.benchmarks import Metric, Outcome
-from components.evaluation.generation import Answer, Request
-from components.evaluation.journal import digest
-from components.evaluation.judge import Grading, Judge, Judgement, Reply
-
-if TYPE_CHECKING:
-    from components.evaluation.benchmarks import Context
-    from components.evaluation.config import EvaluationConfig
+from components.evaluation.benchmark import Metric, Outcome
+from components.evaluation.config import EvaluationConfig
+from components.evaluation.context import Context
+from components.evaluation.judged import generation
+from components.evaluation.judged.generation import Answer, Request
+from components.evaluation.judged.journal import digest
+from components.evaluation.judged.judge import Grading, Judge, Judgement, Reply
 
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # the other categories: 0
 WITH_REFERENCE = ("math", "reasoning", "coding")
@@ -58,7 +56,7 @@ class Data:
         return digest(questions, self.prompts)
 
 
-def check(name: str, config: "EvaluationConfig") -> str:
+def check(name: str, config: EvaluationConfig) -> str:
     data = load_data(config)
     if config.mt_bench_answers:
         generation.read_answers(config.mt_bench_answers, "mt_bench_answers", _turn_keys(data.questions))
@@ -68,7 +66,7 @@ def check(name: str, config: "EvaluationConfig") -> str:
     return f"{len(data.questions)} questions of two turns, graded by {config.mt_bench_judge}"
 
 
-def run(name: str, config: "EvaluationConfig", context: "Context") -> Outcome:
+def run(name: str, config: EvaluationConfig, context: Context) -> Outcome:
     data = load_data(config)
     judge = Judge(config.mt_bench_judge, config, OPTIONS)
     answers, facts = _answers(data.questions, config, context)
@@ -89,7 +87,7 @@ def run(name: str, config: "EvaluationConfig", context: "Context") -> Outcome:
     return Outcome(metrics(_table(judgements), categories), details)
 
 
-def load_data(config: "EvaluationConfig") -> Data:
+def load_data(config: EvaluationConfig) -> Data:
     """Questions, prompts and references; with `limit` as many questions, spread evenly over the list.
 
     Raises:
@@ -139,7 +137,7 @@ def _lines(root: Path, name: str) -> list[dict[str, Any]]:
 
 
 def _answers(
-    questions: Sequence[Question], config: "EvaluationConfig", context: "Context"
+    questions: Sequence[Question], config: EvaluationConfig, context: Context
 ) -> tuple[list[Answer], dict[str, Any]]:
     if config.mt_bench_answers:
         answers = generation.read_answers(config.mt_bench_answers, "mt_bench_answers", _turn_keys(questions))

@@ -14,8 +14,11 @@ from transformers import AutoTokenizer
 from components.common.core.errors import UserError
 from components.common.models.chat_templates import encode_prompt
 from components.common.models.loading import load_model, load_tokenizer
-from components.evaluation import generation
-from components.evaluation.generation import GenerationSettings, Generator, Request, read_answers
+from components.evaluation.config import EvaluationConfig
+from components.evaluation.context import Context
+from components.evaluation.judged import generation
+from components.evaluation.judged.generation import GenerationSettings, Generator, Request, read_answers
+from components.evaluation.lm_eval.backends import check_backend
 from components.model.__main__ import main as make_model
 
 SETTINGS = GenerationSettings(engine="hf", dtype="float32", max_new_tokens=6, max_length=512, seed=1)
@@ -191,3 +194,26 @@ def test_answers_of_another_run(generate, tmp_path):
     (tmp_path / "other.jsonl").write_text('{"id": "q0"}\n')
     with pytest.raises(UserError, match="an entry has no 'turn'"):
         read_answers(str(tmp_path / "other.jsonl"), "mt_bench_answers", wanted)
+
+
+def test_an_engine_that_is_an_entry_answers(generate, micro_model, tmp_path, third_engine):
+    """It is handed batches as large as it wants, has its own weights, and is closed."""
+    asked = requests(7)
+    config = EvaluationConfig(model=str(micro_model), output="o", engine="third", max_length=512, batch_size=2, seed=1)
+    context = Context("m", tmp_path, "cpu", "float32")
+    with generation.open_generator(config, context, 6) as generator:
+        answers = generator.answer(asked)
+        assert generator.facts(answers)["engine_version"] == "Third"
+    (engine,) = third_engine
+    assert engine.closed and engine.batches == [4, 3]  # 6 at most; four at temperature 0, then three at 1
+    untouched = load_model(str(micro_model), torch.float32).eval()
+    with Generator(str(micro_model), SETTINGS, tmp_path / "hf.jsonl", 2, lambda: untouched) as generator:
+        expected = generator.answer(asked)
+    assert [answer["output"] for answer in answers] == [answer["output"] for answer in expected]
+
+
+def test_lm_evals_benchmarks_refuse_an_engine_without_a_backend(third_engine):
+    with pytest.raises(
+        UserError, match=r"--engine third: does not compute lm-eval's benchmarks; choose one of hf, vllm"
+    ):
+        check_backend("third")

@@ -11,21 +11,19 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from components.common.core.errors import UserError
 from components.common.storage.locations import existing_path, fetch_hub, scheme
-from components.evaluation import generation
-from components.evaluation.benchmarks import Metric, Outcome
-from components.evaluation.generation import Answer, Request
-from components.evaluation.journal import digest
-from components.evaluation.judge import Grading, Judge, Judgement, Reply
-
-if TYPE_CHECKING:
-    from components.evaluation.benchmarks import Context
-    from components.evaluation.config import EvaluationConfig
+from components.evaluation.benchmark import Metric, Outcome
+from components.evaluation.config import EvaluationConfig
+from components.evaluation.context import Context
+from components.evaluation.judged import generation
+from components.evaluation.judged.generation import Answer, Request
+from components.evaluation.judged.journal import digest
+from components.evaluation.judged.judge import Grading, Judge, Judgement, Reply
 
 ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
 OPTIONS = {"temperature": 1, "max_tokens": 1, "logprobs": True, "top_logprobs": 5, "top_p": 1.0}  # of the annotator
@@ -34,7 +32,7 @@ REFERENCES, GAMED = "alpaca_eval_gpt4_baseline.json", "df_gamed.csv"
 JUDGEMENTS, ANNOTATIONS = "judgements.jsonl", "annotations.json"
 
 
-def check(name: str, config: "EvaluationConfig") -> str:
+def check(name: str, config: EvaluationConfig) -> str:
     references, _ = load_data(config)
     _import()
     if config.alpaca_eval_answers:
@@ -50,7 +48,7 @@ def check(name: str, config: "EvaluationConfig") -> str:
     return f"{len(references)} prompts, compared with {references[0]['generator']} by {config.alpaca_eval_judge}"
 
 
-def run(name: str, config: "EvaluationConfig", context: "Context") -> Outcome:
+def run(name: str, config: EvaluationConfig, context: Context) -> Outcome:
     references, gamed = load_data(config)
     judge = Judge(config.alpaca_eval_judge, config, OPTIONS)
     answers, facts = _answers(references, config, context)
@@ -67,7 +65,7 @@ def run(name: str, config: "EvaluationConfig", context: "Context") -> Outcome:
     return Outcome(metrics(annotations, answers, gamed), details, versions=_versions())
 
 
-def load_data(config: "EvaluationConfig") -> tuple[list[dict[str, Any]], Path]:
+def load_data(config: EvaluationConfig) -> tuple[list[dict[str, Any]], Path]:
     """The reference answers (the first `limit`) and the file that the length-controlled win rate is regularised with.
 
     Raises:
@@ -98,7 +96,7 @@ def load_data(config: "EvaluationConfig") -> tuple[list[dict[str, Any]], Path]:
 
 
 def _answers(
-    references: list[dict[str, Any]], config: "EvaluationConfig", context: "Context"
+    references: list[dict[str, Any]], config: EvaluationConfig, context: Context
 ) -> tuple[list[Answer], dict[str, Any]]:
     if config.alpaca_eval_answers:
         answers = generation.read_answers(config.alpaca_eval_answers, "alpaca_eval_answers", _keys(references))
@@ -117,7 +115,7 @@ def _keys(references: Sequence[dict[str, Any]]) -> list[tuple[str, int]]:
 
 
 def annotate(
-    references: list[dict[str, Any]], answers: Sequence[Answer], context: "Context", judge: Judge
+    references: list[dict[str, Any]], answers: Sequence[Answer], context: Context, judge: Judge
 ) -> tuple[list[dict[str, Any]], list[Judgement]]:
     """alpaca_eval's annotations, one a prompt, and the judgements behind them.
 

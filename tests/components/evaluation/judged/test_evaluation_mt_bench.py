@@ -12,11 +12,11 @@ import pytest
 from judge_server import KEY, JudgeServer, serving
 
 from components.common.core.errors import UserError
-from components.evaluation import mt_bench
-from components.evaluation.benchmarks import Context
 from components.evaluation.config import EvaluationConfig
-from components.evaluation.judge import Grading
-from components.evaluation.mt_bench import Question
+from components.evaluation.context import Context
+from components.evaluation.judged import mt_bench
+from components.evaluation.judged.judge import Grading
+from components.evaluation.judged.mt_bench import Question
 from faults import runner
 from faults.store import BUCKET, Store
 

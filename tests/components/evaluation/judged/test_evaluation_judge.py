@@ -9,10 +9,10 @@ import pytest
 from judge_server import KEY, JudgeServer, Verdict, serving
 
 from components.common.core.errors import UserError
-from components.evaluation.journal import read_entries
-from components.evaluation.judge import Grading, Judge, Judgement
+from components.evaluation.judged.journal import read_entries
+from components.evaluation.judged.judge import Grading, Judge, Judgement
+from components.evaluation.judged.mt_bench import OPTIONS, rating
 from components.evaluation.judged_config import JudgedConfig
-from components.evaluation.mt_bench import OPTIONS, rating
 
 GRADINGS = [Grading(f"q{i}", 1, [{"role": "user", "content": f"Please grade answer {i}"}]) for i in range(10)]
 

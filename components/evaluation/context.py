@@ -1,63 +1,19 @@
-"""How a benchmark plugs into the stage: a module with `check` and `run`, and its name in MODULES.
-
-Modules are imported when their benchmark was asked for, so that `--help` and a mistake in the settings cost nothing.
-"""
+"""What the benchmarks of one run share, and how their modules are called."""
 
 import gc
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from components.common.core.errors import UserError
+from components.evaluation.benchmark import Outcome
+from components.evaluation.config import EvaluationConfig
+from components.evaluation.registry import BENCHMARKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from components.evaluation.config import EvaluationConfig
-
-# The Open LLM Leaderboard (v1): its benchmarks, and the metric of each that its average is of.
-HEADLINES = {
-    "arc_challenge": "acc_norm",
-    "hellaswag": "acc_norm",
-    "mmlu": "acc",
-    "truthfulqa_mc2": "acc",
-    "winogrande": "acc",
-    "gsm8k": "exact_match",
-}
-LEADERBOARD = tuple(HEADLINES)
-MODULES = {
-    "held_out": "components.evaluation.harness",
-    **dict.fromkeys([*LEADERBOARD, "ifeval"], "components.evaluation.leaderboard"),
-    "mt_bench": "components.evaluation.mt_bench",
-    "alpaca_eval": "components.evaluation.alpaca_eval",
-}
-
-
-class Metric(TypedDict):
-    """One number, as results.json lists it. `n`: samples behind it; `stderr` (or a bootstrap `interval`) may be None."""
-
-    benchmark: str
-    metric: str
-    value: float
-    stderr: float | None
-    interval: list[float] | None  # [low, high] at the 95% level, where the error is not symmetric
-    n: int
-    higher_is_better: bool
-    description: str
-
-
-@dataclass
-class Outcome:
-    """What a benchmark found. Everything goes into results.json as it is, so it must be JSON."""
-
-    metrics: list[Metric]
-    details: dict[str, Any] = field(
-        default_factory=dict
-    )  # what shows how it was run: tokens, task versions, judge, cost
-    versions: dict[str, str] = field(default_factory=dict)  # of distributions beyond torch, transformers and lm_eval
-    baselines: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # what guessing reaches: name, metric, value, description
 
 
 @dataclass
@@ -107,10 +63,10 @@ class Context:
             torch.cuda.empty_cache()
 
 
-class Benchmark(Protocol):
-    """What a module of MODULES offers. `name` is the benchmark's, since a module may serve several."""
+class BenchmarkModule(Protocol):
+    """What a benchmark's module offers. `name` is the benchmark's, since a module may serve several."""
 
-    def check(self, name: str, config: "EvaluationConfig") -> str:
+    def check(self, name: str, config: EvaluationConfig) -> str:
         """One line on what `run` will do, for --dry_run.
 
         Raises:
@@ -118,10 +74,36 @@ class Benchmark(Protocol):
         """
         ...
 
-    def run(self, name: str, config: "EvaluationConfig", context: Context) -> Outcome:
+    def run(self, name: str, config: EvaluationConfig, context: Context) -> Outcome:
         """Scores the model. What it writes to `context.folder` may be there already, from an interrupted run."""
         ...
 
 
-def load_benchmark(name: str) -> Benchmark:
-    return cast(Benchmark, importlib.import_module(MODULES[name]))
+def load_benchmark(name: str) -> BenchmarkModule:
+    return cast(BenchmarkModule, importlib.import_module(BENCHMARKS[name].module))
+
+
+def pick_device(config: EvaluationConfig) -> tuple[str, str]:
+    """The device and the type of the weights, with `auto` resolved."""
+    import torch
+
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU is visible here; use auto or cpu")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    dtype = ("float32" if device == "cpu" else "bfloat16") if config.dtype == "auto" else config.dtype
+    return device, dtype
+
+
+def window(config: EvaluationConfig) -> int:
+    """Tokens that a prompt and what follows it may have: the model's own, or fewer when asked for.
+
+    Raises:
+        UserError: neither the settings nor the model's config.json say.
+    """
+    from components.common.models.loading import load_config
+
+    own = getattr(load_config(config.model).get_text_config(), "max_position_embeddings", None)
+    limits = [limit for limit in (own, config.max_length) if limit]
+    if not limits:
+        raise UserError(f"--model {config.model}: its config.json names no max_position_embeddings; give --max_length")
+    return min(limits)

@@ -9,8 +9,9 @@ from lm_eval.models.huggingface import HFLM
 from components.common.core.conversations import read_rows
 from components.common.models.chat_templates import encode_prompt, encode_response
 from components.common.models.loading import load_model, load_tokenizer
-from components.evaluation.harness import ConversationLM, count_truncated, fitting_rows, pack, tree_mask
-from components.evaluation.held_out import add_texts, choose_replies
+from components.evaluation.held_out.benchmark import count_truncated, fitting_rows
+from components.evaluation.held_out.scoring import ConversationLM, pack, tree_mask
+from components.evaluation.held_out.task import add_texts, choose_replies
 
 WINDOW = 512
 

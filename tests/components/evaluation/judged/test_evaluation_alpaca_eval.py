@@ -11,12 +11,12 @@ import pytest
 from judge_server import KEY, JudgeServer, serving
 
 from components.common.core.errors import UserError
-from components.evaluation import alpaca_eval
-from components.evaluation.alpaca_eval import OPTIONS
-from components.evaluation.benchmarks import Context
 from components.evaluation.config import EvaluationConfig
-from components.evaluation.generation import Answer
-from components.evaluation.judge import Judge
+from components.evaluation.context import Context
+from components.evaluation.judged import alpaca_eval
+from components.evaluation.judged.alpaca_eval import OPTIONS
+from components.evaluation.judged.generation import Answer
+from components.evaluation.judged.judge import Judge
 
 COUNT = 14
 TEMPLATE = "alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt"

@@ -1,7 +1,6 @@
-"""The held-out benchmark: runs lm-eval on a local model with the tokens of training."""
+"""Runs lm-eval's evaluator on a local model with the tokens of training."""
 
 import contextlib
-import functools
 import io
 import logging
 from itertools import groupby
@@ -15,16 +14,10 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from components.common.core.conversations import Row, read_rows
 from components.common.core.errors import UserError
 from components.common.core.progress import progress
 from components.common.models.chat_templates import encode_response
-from components.common.models.loading import load_config, load_tokenizer
-from components.evaluation.baselines import baselines
-from components.evaluation.benchmarks import Context, Outcome
-from components.evaluation.config import EvaluationConfig
-from components.evaluation.held_out import CHOICES, add_texts, choose_replies, metrics, reply, samples, task_config
-from components.evaluation.results import write_lines
+from components.evaluation.held_out.task import CHOICES, task_config
 
 Tree = tuple[list[int], list[list[int]]]  # ids of a context, and of the replies to it
 PADDING = -1
@@ -54,7 +47,7 @@ class ConversationLM(HFLM):
         self.bar = bar
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        return _context_ids(self.tokenizer, context), encode_response(self.tokenizer, continuation)
+        return context_ids(self.tokenizer, context), encode_response(self.tokenizer, continuation)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=True)
@@ -128,115 +121,19 @@ def _read_scores(logits: torch.Tensor, replies: list[list[int]]) -> list[tuple[f
     return [(float(c.sum()), bool(g.all())) for c, g in zip(chosen.split(lengths), greedy.split(lengths), strict=True)]
 
 
-def _context_ids(tokenizer: PreTrainedTokenizerBase, context: str) -> list[int]:
+def context_ids(tokenizer: PreTrainedTokenizerBase, context: str) -> list[int]:
     """`encode_prompt` of an already rendered prompt."""
     return tokenizer(context, add_special_tokens=False)["input_ids"]
 
 
-def check(name: str, config: EvaluationConfig) -> str:
-    """Reads the data and the tokenizer and makes the documents."""
-    if config.data is None:
-        raise UserError(f"--data is required by the benchmark {name}: the output of the data stage")
-    documents, counts = _documents(config.data, config.model, window(config), config.limit, config.seed)
-    read_rows(config.data, "train")
-    return f"score {len(documents)} rows x {CHOICES} replies with {config.model}; {counts}"
-
-
-def run(name: str, config: EvaluationConfig, context: Context) -> Outcome:
-    """Scores the documents and writes samples.jsonl."""
-    data, tokenizer, max_length = config.data or "", load_tokenizer(config.model), window(config)
-    documents, counts = _documents(data, config.model, max_length, config.limit, config.seed)
-    outcome = run_harness(documents, context.model(config.model), tokenizer, config.batch_size, max_length)
-    write_lines(context.folder / "samples.jsonl", samples(outcome))
-    details = {"counts": counts, "tokens": token_facts(tokenizer, documents), "window": max_length}
-    return Outcome(metrics(outcome), details, {}, baselines(read_rows(data, "train"), documents, tokenizer))
-
-
-@functools.lru_cache(maxsize=1)
-def _documents(
-    data: str, model: str, max_length: int, limit: int | None, seed: int
-) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """`check` and `run` need the same documents, and tokenising all replies takes a while."""
-    if not (rows := read_rows(data, "test")):
-        raise UserError(f"{data}: the data stage held no row out (test_rows: 0), and held_out scores held-out rows")
-    return make_documents(rows, load_tokenizer(model), max_length, limit, seed)
-
-
-def window(config: EvaluationConfig) -> int:
-    """Tokens that fit a prompt and a reply.
-
-    Raises:
-        UserError: neither the settings nor the model's config.json say.
-    """
-    own = getattr(load_config(config.model).get_text_config(), "max_position_embeddings", None)
-    windows = [length for length in (config.max_length, own) if length]
-    if not windows:
-        raise UserError(f"--model {config.model}: its config.json names no context length; give --max_length")
-    return min(windows)
-
-
-def pick_device(config: EvaluationConfig) -> tuple[str, str]:
-    """The device and the type of the weights, with `auto` resolved."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no GPU is visible here; use auto or cpu")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    dtype = ("float32" if device == "cpu" else "bfloat16") if config.dtype == "auto" else config.dtype
-    return device, dtype
-
-
-def make_documents(
-    rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, limit: int | None, seed: int
-) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """The documents of the test split's rows, and how many there are, lost the start of a prompt, or do not fit.
-
-    Raises:
-        UserError: no reply fits in the window, or there are too few.
-    """
-    fitting = fitting_rows(rows, tokenizer, max_length)
-    if not fitting:
-        raise UserError(f"no reply of test.jsonl fits in {max_length} tokens; raise --max_length")
-    documents = add_texts(choose_replies(fitting, limit, seed), tokenizer)
-    counts = {
-        "rows": len(documents),
-        "truncated_prompts": count_truncated(documents, tokenizer, max_length),
-        "replies_longer_than_window": len(rows) - len(fitting),
-    }
-    return documents, counts
-
-
-def fitting_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:
-    """The rows whose reply fits in the window with its end-of-turn token; prompts are shortened, replies never."""
-    replies = tokenizer([reply(row) for row in rows], add_special_tokens=False)["input_ids"]
-    return [row for row, ids in zip(rows, replies, strict=True) if len(ids) < max_length]
-
-
-def count_truncated(documents: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
-    """Documents whose prompt loses its first tokens beside the longest of its replies; see `pack`."""
-    truncated = 0
-    for document in documents:
-        longest = max(len(encode_response(tokenizer, choice)) for choice in document["choices"])
-        truncated += len(_context_ids(tokenizer, document["context"])) + longest > max_length + 1
-    return truncated
-
-
-def token_facts(tokenizer: PreTrainedTokenizerBase, documents: list[dict[str, Any]]) -> dict[str, Any]:
-    """What shows whether two evaluations saw the same tokens."""
-    return {
-        "end_of_turn": tokenizer.eos_token,
-        "end_of_turn_id": tokenizer.eos_token_id,
-        "vocabulary": len(tokenizer),
-        "first_prompt_ids": _context_ids(tokenizer, documents[0]["context"])[:16],
-    }
-
-
-def run_harness(
+def score_documents(
     documents: list[dict[str, Any]],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
     max_length: int,
 ) -> dict[str, Any]:
-    """Scores the documents of `held_out.add_texts` and returns lm-eval's `results` and `samples`.
+    """Scores the documents of `task.add_texts` and returns lm-eval's `results` and `samples`.
 
     Raises:
         UserError: the device has too little memory for a batch.

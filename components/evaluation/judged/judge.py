@@ -17,7 +17,7 @@ import openai
 
 from components.common.core.errors import UserError
 from components.common.core.progress import progress
-from components.evaluation.journal import Journal, digest
+from components.evaluation.judged.journal import Journal, digest
 from components.evaluation.judged_config import JudgedConfig
 
 logger = logging.getLogger(__name__)

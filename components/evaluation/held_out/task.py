@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.common.core.conversations import Row
 from components.common.core.errors import UserError
-from components.evaluation.benchmarks import Metric
+from components.evaluation.benchmark import Metric
 from components.evaluation.standard_errors import influence_stderr, influences
 
 if TYPE_CHECKING:

@@ -11,17 +11,20 @@ import pytest
 import yaml
 from leaderboard_data import folder_of, gsm8k, write, write_all
 from lm_eval.api.model import LM
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from components.common.core.errors import UserError
 from components.common.models.loading import load_tokenizer
 from components.common.storage.locations import package_directory
-from components.evaluation import ifeval_data, leaderboard
 from components.evaluation.__main__ import main
-from components.evaluation.benchmarks import HEADLINES, LEADERBOARD
 from components.evaluation.config import EvaluationConfig
+from components.evaluation.lm_eval import benchmark as leaderboard
+from components.evaluation.lm_eval import ifeval_data
+from components.evaluation.lm_eval.loading import load_tasks, stop_at
+from components.evaluation.registry import BENCHMARKS, GROUPS, HEADLINES
 
-ALL = (*LEADERBOARD, "ifeval")
+ALL = (*GROUPS["leaderboard"], "ifeval")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,16 +87,16 @@ def test_shots_and_splits_are_those_of_lm_evals_openllm_group():
         entry["task"]: entry for entry in yaml.safe_load(folder_of("benchmarks/openllm.yaml").read_text())["task"]
     }
     listed["truthfulqa_mc2"] = listed.pop("truthfulqa")
-    assert set(listed) == set(LEADERBOARD)
+    assert set(listed) == set(GROUPS["leaderboard"])
     for name, entry in listed.items():
-        assert leaderboard.BENCHMARKS[name].shots == entry["num_fewshot"]
-        assert leaderboard.BENCHMARKS[name].fewshot_split == entry.get("fewshot_split")
-    assert leaderboard.BENCHMARKS["ifeval"].shots == 0
+        assert leaderboard.TASKS[name].shots == entry["num_fewshot"]
+        assert leaderboard.TASKS[name].fewshot_split == entry.get("fewshot_split")
+    assert leaderboard.TASKS["ifeval"].shots == 0
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_names_metrics_and_data_are_those_of_lm_evals_tasks(name: str):
-    benchmark = leaderboard.BENCHMARKS[name]
+    benchmark = leaderboard.TASKS[name]
     index = TaskManager(include_defaults=False, include_path=[folder_of(benchmark.folder)]).task_index
     assert name in index
     tasks = [entry.cfg for task, entry in index.items() if entry.cfg and (task == name or task.startswith("mmlu_"))]
@@ -108,6 +111,21 @@ def test_names_metrics_and_data_are_those_of_lm_evals_tasks(name: str):
             assert wanted.split(",")[1] in filters
     if name in HEADLINES:
         assert next(iter(benchmark.metrics)) == HEADLINES[name]
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("gsm8k", 256), ("ifeval", 1280)])
+def test_answers_have_the_tokens_of_lm_evals_task_or_its_default(
+    name: str, tokens: int, model: Path, task_data: Path, punkt: str
+):
+    settings = config(model, task_data, nltk_data=punkt)
+    loaded = load_tasks(name, settings)["tasks"]
+    assert loaded[name].config.generation_kwargs.get("max_gen_toks", HFLM.max_gen_toks.fget(None)) == tokens
+    assert stop_at(loaded, [], load_tokenizer(str(model)), 4096)["max_new_tokens"] == tokens
+
+
+def test_every_task_is_a_benchmark_and_the_other_way_round():
+    module = leaderboard.__name__
+    assert set(leaderboard.TASKS) == {name for name, entry in BENCHMARKS.items() if entry.module == module}
 
 
 EXAMPLES = {  # what opens an example, and how often it stands in a prompt
@@ -206,7 +224,8 @@ class Oracle(LM):
 def scored(name: str, settings: EvaluationConfig, answers: dict[str, str]) -> dict[str, dict[str, Any]]:
     tasks = leaderboard.load_tasks(name, settings)
     outcome = leaderboard._evaluate(Oracle(answers), tasks, settings, chat=False)
-    return {entry["metric"]: dict(entry) for entry in leaderboard.entries(name, outcome)}
+    task = leaderboard.TASKS[name]
+    return {entry["metric"]: dict(entry) for entry in task.read(name, task.metrics, "", outcome)}
 
 
 def test_gsm8k_by_hand(model: Path, task_data: Path):

@@ -5,7 +5,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from components.common.core.conversations import Row
-from components.evaluation.held_out import CHOICES, TASK, reply, utf8_bytes
+from components.evaluation.held_out.task import CHOICES, TASK, reply, utf8_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,8 +7,8 @@ import pytest
 
 from components.common.core.conversations import Row
 from components.common.core.errors import UserError
-from components.evaluation.baselines import baselines, unigram_log_likelihood
-from components.evaluation.held_out import choose_replies, perplexity_stderr, picked, score
+from components.evaluation.held_out.baselines import baselines, unigram_log_likelihood
+from components.evaluation.held_out.task import choose_replies, perplexity_stderr, picked, score
 
 
 def row(identity: str, reply: str, question: str | None = None, **fields: Any) -> Row:
