@@ -14,7 +14,7 @@ from components.common.storage import client, transfer
 from faults.store import ACCESS_KEY, BUCKET, SECRET_KEY, Store
 
 
-def storage(quick: bool) -> list[Result]:
+def storage(quick: bool, rounds: int) -> list[Result]:
     """One file of 200 MB and a few small ones, to and from SeaweedFS on loopback."""
     with tempfile.TemporaryDirectory() as scratch:
         store = Store(Path(scratch) / "store")
