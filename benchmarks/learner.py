@@ -19,7 +19,13 @@ from components.common.kernels.pair_logps import response_logps
 from components.common.kernels.pair_packing import PairIds, collate
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-OPTIONS: dict[str, Any] = {"report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True}
+OPTIONS: dict[str, Any] = {
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+}
 GROWN: list[dict[str, Any]] = [{"prompt": (600, 600)}, {"response": (400, 400), "segment": (192, 192)}, {"pairs": 3}]
 REFERENCE = -1000.0  # log-prob of every response under the reference, given to both sides
 Loss = Callable[[], torch.Tensor]
@@ -130,11 +136,11 @@ def trl_orpo(model: LlamaForCausalLM, pairs: list[PairIds], dtype: torch.dtype) 
         rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
         twin = copy.deepcopy(model)
         trainer = ORPOTrainer(twin, args, train_dataset=rows, processing_class=tokenizer)
-    batch = _orpo_batch(pairs)
+    batch: dict[str, Any] = dict(_orpo_batch(pairs))  # the trainer's own type says lists
     return step(twin, lambda: trainer.get_batch_loss_metrics(twin, dict(batch), train_eval="eval")[0], dtype)
 
 
-def _orpo_batch(pairs: list[PairIds]) -> dict[str, list[int] | torch.LongTensor]:
+def _orpo_batch(pairs: list[PairIds]) -> dict[str, torch.Tensor]:
     """The pairs as TRL's collator gives them: padded on the right, prompt masked in the labels."""
     batch = {}
     for name in ("chosen", "rejected"):

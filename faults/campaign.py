@@ -22,11 +22,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from faults import runner
 from faults.proxy import KINDS, FaultProxy
 from faults.store import ACCESS_KEY, BUCKET, SECRET_KEY, Store
 from tests.conftest import chat_rows
+
+if TYPE_CHECKING:
+    from botocore.client import BaseClient
 
 ARCHITECTURE = """
 model: {model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2,
