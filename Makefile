@@ -5,6 +5,7 @@
 #   make bench   speed against peers in the same run (BENCH=--quick for a short one)
 #   make gpu     right, fast and planned on the GPU that is here, in seven minutes (tiny sizes on a CPU)
 #   make faults  runs that are killed, starved and lied to by their store, and what becomes of them
+#   make hooks   lint, types and the form of the commit's subject before each commit
 #   make compile the packages to upload in the Kubeflow UI
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ PYTEST = $(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 TORCH_INDEX ?=
 INSTALL = $(VENV)/bin/python -m pip install -qq --constraint docker/constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-fast check format bench gpu faults compile clean
+.PHONY: demo test test-fast check format hooks bench gpu faults compile clean
 
 demo: $(VENV)/all
 	$(VENV)/bin/python -m pipelines run comparison --run $(RUN)
@@ -38,6 +39,9 @@ check: $(VENV)/dev
 format: $(VENV)/dev
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+hooks: $(VENV)/dev
+	$(VENV)/bin/pre-commit install --hook-type pre-commit --hook-type commit-msg
 
 bench: $(VENV)/vllm
 	$(VENV)/bin/python -m benchmarks $(BENCH)

@@ -1,25 +1,35 @@
 """Prints a table of ours against a peer, timed in turns in the same run, and writes `benchmarks/results.json`.
 
-make bench                                   # everything
-python -m benchmarks --quick           # smaller sizes, fewer repeats
-python -m benchmarks --case ema        # one case
+make bench                                               # everything
+python -m benchmarks --quick                             # smaller sizes, fewer repeats
+python -m benchmarks --case ema                          # one case
 python -m benchmarks --case whole_iteration --rounds 3   # the median of three
 """
 
 import argparse
 import time
 from pathlib import Path
+from typing import Protocol
 
-from benchmarks.harness import quiet, table, write
+from benchmarks.harness import Result, quiet, table, write
 from benchmarks.iteration import whole_iteration
 from benchmarks.learner import growth, learner_step
 from benchmarks.sampler import sampler
 from benchmarks.storage import storage
 from benchmarks.upkeep import ema, replay_buffer
 
-CASES = {case.__name__: case for case in (learner_step, whole_iteration, ema, replay_buffer, sampler, growth, storage)}
+
+class Case(Protocol):
+    """A comparison. `rounds` counts where a round takes minutes; the others take as many as they need."""
+
+    __name__: str
+
+    def __call__(self, quick: bool, rounds: int) -> list[Result]: ...
+
+
+IN_ORDER: tuple[Case, ...] = (learner_step, whole_iteration, ema, replay_buffer, sampler, growth, storage)
+CASES = {case.__name__: case for case in IN_ORDER}
 SLOW = (sampler, growth)  # left out of a quick run: an engine takes a minute to start; one size tells of no growth
-IN_ROUNDS = (learner_step, whole_iteration)  # a round takes minutes
 RESULTS = Path(__file__).parent / "results.json"
 
 
@@ -45,7 +55,7 @@ def main() -> None:
         cases = [case for case in cases if case not in SLOW]
     for case in cases:
         start = time.perf_counter()
-        results = case(arguments.quick, arguments.rounds) if case in IN_ROUNDS else case(arguments.quick)
+        results = case(arguments.quick, arguments.rounds)
         print(f"\n{table(results)}\n[{case.__name__}: {time.perf_counter() - start:.0f} s]", flush=True)
         if not arguments.quick:
             write(results, RESULTS)

@@ -7,7 +7,7 @@ logits, an EMA parameter by parameter.
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.harness import Result, Side, compare_apart, speed
 from benchmarks.preference import mean_loss
-from benchmarks.shapes import Shape, dtype_name, make_pairs, precisions, smollm2_shape
+from benchmarks.shapes import Shape, dtype_name, in_dtype, make_pairs, precisions, smollm2_shape
 from components.common.generation.hf import HFSampler
 from components.common.generation.protocol import SamplingSettings
 from components.common.kernels.pair_logps import response_logps
@@ -79,9 +79,12 @@ class Ours:
     """The parts that SAPOTrainer puts together."""
 
     def __init__(self, model: LlamaForCausalLM, pairs: list[PairIds], dtype: torch.dtype) -> None:
-        self.model, self.pairs, self.dtype = model, pairs, dtype
-        average = frozen_copy(model)
-        self.served = average if dtype == torch.float32 else frozen_copy(model).to(dtype)
+        self.model = model
+        self.pairs = pairs
+        self.dtype = dtype
+
+        average = cast(LlamaForCausalLM, frozen_copy(model))
+        self.served = average if dtype == torch.float32 else in_dtype(copy.deepcopy(average), dtype)
         self.ema = EMA(weights_of(average), 0.5, None if self.served is average else weights_of(self.served))
         self.reference = frozen_copy(model)
         self.optimizer = torch.optim.RMSprop(model.parameters(), lr=5e-7)
@@ -109,9 +112,13 @@ class Plain:
     """Nothing shared, nothing left out."""
 
     def __init__(self, model: LlamaForCausalLM, pairs: list[PairIds], dtype: torch.dtype) -> None:
-        self.model, self.pairs, self.dtype = model, pairs, dtype
+        self.model = model
+        self.pairs = pairs
+        self.dtype = dtype
+
         # As the authors keep them: in the precision of the run, so that generate casts no weights.
-        self.ema, self.reference = copy.deepcopy(model).to(dtype), copy.deepcopy(model).to(dtype)
+        self.ema = in_dtype(copy.deepcopy(model), dtype)
+        self.reference = in_dtype(copy.deepcopy(model), dtype)
         self.optimizer = torch.optim.RMSprop(model.parameters(), lr=5e-7)
 
     def loss(self, pairs: list[PairIds]) -> Tensor:
@@ -140,7 +147,7 @@ class Plain:
         ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
         attention = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         options = {"do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 0.95, "max_new_tokens": SEGMENT}
-        generate: Any = self.ema.generate
+        generate: Any = self.ema.generate  # type: ignore[misc]  # its type is that of a mixin
         with torch.no_grad():
             tokens = generate(input_ids=ids, attention_mask=attention, eos_token_id=2, pad_token_id=0, **options)
         replacements = [np.trim_zeros(row, "b").tolist() for row in tokens[:, longest:].numpy()]

@@ -19,7 +19,13 @@ from components.common.kernels.pair_logps import response_logps
 from components.common.kernels.pair_packing import PairIds, collate
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-OPTIONS = {"report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True}
+OPTIONS: dict[str, Any] = {
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+}
 GROWN: list[dict[str, Any]] = [{"prompt": (600, 600)}, {"response": (400, 400), "segment": (192, 192)}, {"pairs": 3}]
 REFERENCE = -1000.0  # log-prob of every response under the reference, given to both sides
 Loss = Callable[[], torch.Tensor]
@@ -47,10 +53,10 @@ def learner_step(quick: bool, rounds: int) -> list[Result]:
     return results
 
 
-def growth(quick: bool) -> list[Result]:
+def growth(quick: bool, rounds: int) -> list[Result]:
     """The DPO step of a four-layer model as one size grows at a time."""
     results = []
-    lengths = {"prompt": (300, 300), "response": (200, 200), "segment": (96, 96)}
+    lengths: dict[str, Any] = {"prompt": (300, 300), "response": (200, 200), "segment": (96, 96)}
     sizes = [(Shape(**lengths), 49152)]
     sizes += [(Shape(**(lengths | grown)), 49152) for grown in GROWN]
     sizes += [(Shape(**lengths), 8192)]
@@ -130,7 +136,7 @@ def trl_orpo(model: LlamaForCausalLM, pairs: list[PairIds], dtype: torch.dtype) 
         rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
         twin = copy.deepcopy(model)
         trainer = ORPOTrainer(twin, args, train_dataset=rows, processing_class=tokenizer)
-    batch = _orpo_batch(pairs)
+    batch: dict[str, Any] = dict(_orpo_batch(pairs))  # the trainer's own type says lists
     return step(twin, lambda: trainer.get_batch_loss_metrics(twin, dict(batch), train_eval="eval")[0], dtype)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from components.sapo.losses import LOSSES, LossType, PairLogps
 
 
-@dataclass(frozen=True)
+@dataclass
 class Settings:
     """What the losses read, with the paper's values."""
 
@@ -18,7 +18,7 @@ class Settings:
     simpo_gamma: float = 0.5
 
 
-def mean_loss(name: LossType, sums: Tensor, tokens: Tensor, reference: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def mean_loss(name: LossType, sums: Tensor, tokens: Tensor, reference: tuple[Tensor, ...] | None = None) -> Tensor:
     """The mean of a loss over pairs.
 
     Args:

@@ -18,7 +18,7 @@ import torch
 from transformers import LlamaForCausalLM, PrinterCallback
 
 from benchmarks.harness import Measured, Result, compare, quiet, speed
-from benchmarks.shapes import dtype_name, precisions, save, smollm2_shape
+from benchmarks.shapes import dtype_name, in_dtype, precisions, save, smollm2_shape
 from components.common.core.errors import UserError
 from components.common.generation.hf import HFSampler
 from components.common.generation.protocol import SamplingSettings, make_canary
@@ -29,7 +29,7 @@ NEW_TOKENS = 64
 PROMPTS, SHORTEST, LONGEST = 8, 150, 400  # as SAPO has them; lengths in tokens
 
 
-def sampler(quick: bool) -> list[Result]:
+def sampler(quick: bool, rounds: int) -> list[Result]:
     """All cases of this file, from the process that measures them; none where vLLM is not installed."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "benchmarks.sampler", *(["--quick"] if quick else [])]
@@ -46,7 +46,7 @@ def main(quick: bool) -> list[Result]:
         print(f"the sampler's cases are left out: {error}", file=sys.stderr)
         return []
     dtype = precisions(quick)[-1]  # as engines run here by default
-    model = smollm2_shape(layers=4 if quick else 30).to(dtype)
+    model = in_dtype(smollm2_shape(layers=4 if quick else 30), dtype)
     with tempfile.TemporaryDirectory() as directory:
         save(model, directory)
         vllm = VLLMSampler(directory, SETTINGS, max_model_len=512, dtype=dtype_name(dtype))
@@ -103,7 +103,12 @@ def overlap(directory: str) -> list[Result]:
         }
         for i in range(16)
     ]
-    options = {"loss_type": "dpo", "segment_length": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "max_length": 512}
+    options: dict[str, Any] = {
+        "loss_type": "dpo",
+        "segment_length": NEW_TOKENS,
+        "max_new_tokens": NEW_TOKENS,
+        "max_length": 512,
+    }
     options |= {"sampler": "vllm", "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no"}
     options |= {"per_device_train_batch_size": 2, "responses_per_prompt": 4, "disable_tqdm": True, "logging_steps": 1}
     options |= {"max_steps": 4}
@@ -119,8 +124,9 @@ def overlap(directory: str) -> list[Result]:
         if schedule == "sync":
             sampled = [e["seconds/sample"] for e in trainer.state.log_history if "seconds/sample" in e]
             share = statistics.mean(sampled) * args.max_steps / runtime
+    sync, beside = taken
     setting = f"8 layers, 2 pairs, 8 x {NEW_TOKENS} tokens sampled ({share:.0%} of a sync step), 1 thread each"
-    return [speed("SAPO step, overlap", setting, "sync", *taken)]
+    return [speed("SAPO step, overlap", setting, "sync", sync, beside)]
 
 
 if __name__ == "__main__":

@@ -40,12 +40,26 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def in_dtype(model: LlamaForCausalLM, dtype: torch.dtype) -> LlamaForCausalLM:
+    """The model itself with its weights in another type. By torch's own `to`: that of transformers is wrapped and untyped."""
+    torch.nn.Module.to(model, dtype)
+    return model
+
+
 def smollm2_shape(layers: int = 30, vocabulary: int = 49152) -> LlamaForCausalLM:
     """Random weights in the shape of SmolLM2-135M."""
-    heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
-    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": layers, "vocab_size": vocabulary}
+    config = LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=layers,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=vocabulary,
+        tie_word_embeddings=True,
+    )
+
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=True))
+    return LlamaForCausalLM(config)
 
 
 def save(model: LlamaForCausalLM, directory: str) -> None:

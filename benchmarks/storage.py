@@ -14,7 +14,7 @@ from components.common.storage import client, transfer
 from faults.store import ACCESS_KEY, BUCKET, SECRET_KEY, Store
 
 
-def storage(quick: bool) -> list[Result]:
+def storage(quick: bool, rounds: int) -> list[Result]:
     """One file of 200 MB and a few small ones, to and from SeaweedFS on loopback."""
     with tempfile.TemporaryDirectory() as scratch:
         store = Store(Path(scratch) / "store")
@@ -56,6 +56,9 @@ def _measure(scratch: Path, store: Store, megabytes: int, repeats: int) -> list[
 
     transfer.upload(checkpoint, f"s3://{BUCKET}/ours", show=False)
     setting = f"{megabytes} MB, SeaweedFS on loopback"
-    down = compare([plain_download, our_download], repeats)
-    up = compare([plain_upload, our_upload], repeats)
-    return [speed("checkpoint upload", setting, "boto3", *up), speed("checkpoint download", setting, "boto3", *down)]
+    their_download, down = compare([plain_download, our_download], repeats)
+    their_upload, up = compare([plain_upload, our_upload], repeats)
+    return [
+        speed("checkpoint upload", setting, "boto3", their_upload, up),
+        speed("checkpoint download", setting, "boto3", their_download, down),
+    ]

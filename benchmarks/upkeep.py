@@ -15,7 +15,7 @@ from components.sapo.replay_buffer import Entry, ReplayBuffer
 from components.sapo.segments import Segment
 
 
-def ema(quick: bool) -> list[Result]:
+def ema(quick: bool, rounds: int) -> list[Result]:
     """One EMA update against the loop over parameters of the authors' code, and against a plain copy of the weights.
 
     With a bfloat16 copy for the sampler, against the same update and a copy after it.
@@ -46,7 +46,7 @@ def ema(quick: bool) -> list[Result]:
     ]
 
 
-def replay_buffer(quick: bool) -> list[Result]:
+def replay_buffer(quick: bool, rounds: int) -> list[Result]:
     """A step (8 in, 8 out) against a deque with Python weights."""
     results = []
     for capacity in (2_000, 100_000) if quick else (2_000, 100_000, 1_000_000):

@@ -22,11 +22,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from faults import runner
 from faults.proxy import KINDS, FaultProxy
 from faults.store import ACCESS_KEY, BUCKET, SECRET_KEY, Store
 from tests.conftest import chat_rows
+
+if TYPE_CHECKING:
+    from botocore.client import BaseClient
 
 ARCHITECTURE = """
 model: {model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2,
@@ -112,7 +116,7 @@ class Campaign:
 
     # ---- What is in the bucket ------------------------------------------------------------------------------------
 
-    def _client(self):
+    def _client(self) -> "BaseClient":
         import boto3
         from botocore.config import Config
 
@@ -389,7 +393,7 @@ def plan(campaign: Campaign, scale: float) -> list[tuple[str, Callable[[], Case]
         (12, "SIGTERM", lambda: campaign.killed("SIGTERM", empty=False)),
         (12, "SIGTERM", lambda: campaign.killed("SIGTERM", empty=True)),
         (8, "store restarted", campaign.store_restarted),
-        *((5, kind, lambda kind=kind: campaign.spoiled(kind)) for kind in (*KINDS, "mixed")),  # type: ignore[misc]
+        *((5, kind, lambda kind=kind: campaign.spoiled(kind)) for kind in (*KINDS, "mixed")),
         (8, "spoiled and killed", campaign.spoiled_and_killed),
         (4, "unusable store", campaign.unusable_store),
         (4 if can_mount(probe) else 0, "full disk", campaign.full_disk),

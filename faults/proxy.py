@@ -29,9 +29,14 @@ class FaultProxy:
 
     def __init__(self, endpoint: str, seed: int) -> None:
         self.upstream = urlsplit(endpoint).netloc
-        self.random, self.lock = random.Random(seed), threading.Lock()
-        self.share, self.kinds, self.only = 0.0, KINDS, ""
+        self.random = random.Random(seed)
+        self.lock = threading.Lock()
+
+        self.share = 0.0
+        self.kinds: tuple[str, ...] = KINDS
+        self.only = ""
         self.done: Counter[str] = Counter()
+
         handler = type("Handler", (_Handler,), {"proxy": self})
         self.server = _Server(("127.0.0.1", 0), handler)
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
