@@ -120,7 +120,7 @@ def overlap(directory: str) -> list[Result]:
         trainer.remove_callback(PrinterCallback)
         runtime = trainer.train().metrics["train_runtime"]
         taken.append(Measured(runtime / args.max_steps, 0.0))
-        trainer.sampler.close()  # type: ignore[attr-defined]
+        trainer.sampler.close()
         if schedule == "sync":
             sampled = [e["seconds/sample"] for e in trainer.state.log_history if "seconds/sample" in e]
             share = statistics.mean(sampled) * args.max_steps / runtime

@@ -9,6 +9,7 @@ import pytest
 import third_engine as third
 import torch
 
+from components.common.core.conversations import Row
 from components.common.generation.engines import ENGINES
 
 # Tests use models of a few thousand parameters: one thread is fastest, and does not fight other processes for cores.
@@ -41,9 +42,9 @@ OBJECTS = [
 ]
 
 
-def chat_rows(count: int) -> list[dict]:
+def chat_rows(count: int) -> list[Row]:
     """Distinct rows in the project's format, from word lists."""
-    rows = []
+    rows: list[Row] = []
     for i in range(count):
         subject, verb, thing = SUBJECTS[i % 8], VERBS[(i // 8) % 8], OBJECTS[(i // 3) % 8]
         rows.append(

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from transformers.utils import is_bitsandbytes_available
 
 from components.common.core.identity import Role
+from components.common.generation.engines import ENGINES, Engine, EngineName
 from components.common.stage.config import Resumption, setting
 from components.common.training.config import settle_device
 from components.common.training.roles import TrainerSettings
@@ -58,7 +59,7 @@ class SAPOConfig(TrainerSettings, TrainingArguments):
     responses_per_prompt: int = setting(1, "Rejected responses generated for each row.", "1; ablated 4, 8")
 
     # The sampler
-    sampler: Literal["hf", "vllm"] = setting(
+    sampler: EngineName = setting(
         "hf", "Engine that writes B': transformers' generate, or vLLM in this process.", "generate in the code"
     )
     schedule: Literal["sync", "overlap"] = setting(
@@ -175,9 +176,11 @@ class SAPOConfig(TrainerSettings, TrainingArguments):
         self._require("reference_interval", interval == "epoch" or int(interval) >= 1, "must be 1 or more, or `epoch`")
         strategy = str(getattr(self.save_strategy, "value", self.save_strategy))
         self._require("save_strategy", strategy in ("no", "steps", "epoch"), "must be steps, epoch or no")
-        in_place = self.on_policy and self.sampler == "hf"
+        in_place = self.on_policy and self.engine.serves_in_place
         self._require(
-            "schedule", self.schedule == "sync" or not in_place, "hf reads the policy while it is trained: sync"
+            "schedule",
+            self.schedule == "sync" or not in_place,
+            f"{self.sampler} reads the policy while it is trained: sync",
         )
         self._require(
             "push_interval", self.push_interval == 1 or not self.on_policy, "must be 1 where on_policy is set"
@@ -202,12 +205,17 @@ class SAPOConfig(TrainerSettings, TrainingArguments):
         self._require("reference", self.reference != "base" or self.use_peft, "`base` is for use_peft")
         self._require("load_in_4bit", self.use_peft or not self.load_in_4bit, "4 bits cannot be trained: set use_peft")
         self._require("lora_adapter", self.use_peft or self.lora_adapter is None, "is for use_peft")
-        adapter_in_turns = self.use_peft and self.sampler == "hf"
+        adapter_in_turns = self.use_peft and self.engine.serves_in_place
         self._require(
-            "schedule", self.schedule == "sync" or not adapter_in_turns, "hf and training share the base in turns: sync"
+            "schedule",
+            self.schedule == "sync" or not adapter_in_turns,
+            f"{self.sampler} and training share the base in turns: sync",
         )
-        quantised = self.load_in_4bit and self.sampler == "vllm"
-        self._require("sampler", not quantised, "vllm has no 4-bit base to put an adapter on: use hf")
+        quantised = self.load_in_4bit and not self.engine.serves_4bit
+        with_4bit = " or ".join(name for name, engine in ENGINES.items() if engine.serves_4bit)
+        self._require(
+            "sampler", not quantised, f"{self.sampler} has no 4-bit base to put an adapter on: use {with_4bit}"
+        )
 
     def derived(self, stage: Any) -> dict[str, Any]:
         """What indirect settings come to, and the type of the weights that sample once it is settled."""
@@ -222,6 +230,11 @@ class SAPOConfig(TrainerSettings, TrainingArguments):
         zero = self.deepspeed_plugin is not None and self.deepspeed_plugin.zero_stage > 0
         return zero or bool(self.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
 
+    @property
+    def engine(self) -> Engine:
+        """What the sampler can do."""
+        return ENGINES[self.sampler]
+
     def engine_dtype(self) -> str:
         """Type of the weights that sample."""
         return self.sampler_dtype or ("bfloat16" if self.bf16 else "float32")
@@ -229,13 +242,17 @@ class SAPOConfig(TrainerSettings, TrainingArguments):
     def served_dtype(self) -> torch.dtype | None:
         """Type of the copy of the EMA that is kept for the sampler; None where it can do without.
 
-        A copy is needed where the EMA moves on while the sampler does not follow, and where generate runs in another type;
-        vLLM has a copy of its own.
+        A copy is needed where the EMA moves on while the sampler does not follow, and where an engine that serves in place runs
+        in another type; any other engine has a copy of its own.
         """
         if self.use_peft:
             return torch.float32 if self.push_interval > 1 else None
-        if self.on_policy or (self.push_interval == 1 and (self.sampler == "vllm" or self.engine_dtype() == "float32")):
+
+        follows_ema = self.push_interval == 1
+        same_type = self.engine_dtype() == "float32"
+        if self.on_policy or (follows_ema and (same_type or not self.engine.serves_in_place)):
             return None
+
         return torch.bfloat16 if self.engine_dtype() == "bfloat16" else torch.float32
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:

@@ -5,13 +5,13 @@ from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from components.common.generation.hf import HFSampler
+from components.common.generation.engines import EngineSettings, start_engine
 from components.common.generation.protocol import Sampler, SamplingSettings, request_seed
 from components.common.models.chat_templates import EncodedRow
 from components.common.training.clock import Clock
@@ -207,29 +207,29 @@ def pairs_per_step(args: SAPOConfig) -> int:
 
 
 def open_sampler(
-    args: SAPOConfig, policy: PreTrainedModel, served: nn.Module | None, stop_ids: frozenset[int], pad_id: int
+    args: SAPOConfig,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    served: nn.Module | None,
+    stop_ids: frozenset[int],
 ) -> Sampler:
     """The engine that `args.sampler` names.
 
     Args:
-        policy: the policy; an engine with weights of its own reads them from the directory that it came from.
+        policy: an engine with weights of its own reads them from the directory that it came from.
         served: the model that an engine without any of its own runs.
         stop_ids: tokens that end a turn.
-        pad_id: any token id; padding is masked.
     """
-    settings = SamplingSettings(args.temperature, args.top_k, args.top_p, stop_ids)
-    if args.sampler == "hf":
-        model: Any = served
-        return HFSampler(model, settings, pad_id, args.sampler_batch_size)
-
-    from components.common.generation.vllm import VLLMSampler
-
-    return VLLMSampler(
-        str(policy.name_or_path),
-        settings,
-        max_model_len=args.max_length,
+    drawing = SamplingSettings(args.temperature, args.top_k, args.top_p, stop_ids)
+    settings = EngineSettings(
+        name=args.sampler,
         dtype=args.engine_dtype(),
+        max_length=args.max_length,
+        batch_size=args.sampler_batch_size,
+        use_cpu=args.use_cpu,
         gpu_memory_utilization=args.gpu_memory_utilization,
         sleep_level=args.sleep_level,
         timeout=args.sampler_timeout,
     )
+
+    return start_engine(str(policy.name_or_path), tokenizer, settings, drawing, cast("PreTrainedModel | None", served))

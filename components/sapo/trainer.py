@@ -125,7 +125,7 @@ class SAPOTrainer(ResumableTrainer):
 
         self._make_collaborators(model, processing_class, sampler)
 
-        if args.sampler == "vllm" and not self.weights.in_parts:
+        if not args.engine.serves_in_place and not self.weights.in_parts:
             self.push()  # it has read the model's directory: prove that this is the model
 
     def _make_collaborators(
@@ -141,7 +141,7 @@ class SAPOTrainer(ResumableTrainer):
         self.buffer = ReplayBuffer(args.replay_buffer_size)
         self.scorer = PairScorer(model, self.preference, pad_id, args.device)
 
-        engine = sampler or open_sampler(args, model, self.weights.served_model, self.stop_ids, pad_id)
+        engine = sampler or open_sampler(args, model, tokenizer, self.weights.served_model, self.stop_ids)
         self.sampling = SamplingStage(
             self.train_dataset, engine, args, self.rank_slice, self.clock, self.weights.serving
         )
@@ -266,7 +266,7 @@ class SAPOTrainer(ResumableTrainer):
     def push(self) -> None:
         """Gives the sampler the weights it is to serve; an engine with a copy of its own proves that it serves them."""
         canary = None
-        if self.args.sampler == "vllm":
+        if self.args.engine.proves_weights:
             row = self.train_dataset[0]
             length = min(CANARY, self.args.max_length - 1)
             canary = (row["prompt_ids"] + row["chosen_ids"])[:length]

@@ -60,7 +60,7 @@ class PolicyWeights:
 
         if not self.in_parts:
             self._copy_models(model)
-        elif args.sampler == "hf":
+        elif args.engine.serves_in_place:
             self.served_model = model if args.use_peft else _unsharded(model, args)
 
     def _copy_models(self, model: PreTrainedModel) -> None:
@@ -148,7 +148,7 @@ class PolicyWeights:
 
     def serving(self) -> AbstractContextManager[None]:
         """Puts the EMA's adapter in place for an engine that runs the policy's own model."""
-        in_turns = self.args.use_peft and self.args.sampler == "hf" and not self.args.on_policy
+        in_turns = self.args.use_peft and self.args.engine.serves_in_place and not self.args.on_policy
 
         return self.layout.swapped_in(self.ema.serving) if in_turns else nullcontext()
 
@@ -167,7 +167,7 @@ class PolicyWeights:
         with self.layout.swapped_in(parts):
             canary = _canary(self.wrapped, canary_ids)
             weights = merged_weights(self.policy) if self.args.use_peft else self.layout.weights(parts)
-            in_place = self.args.use_peft and self.args.sampler == "hf"
+            in_place = self.args.use_peft and self.args.engine.serves_in_place
             sampler.load([] if in_place else weights, self.ema.served_version, canary)
 
     # ---- What is kept ---------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ def _canary(model: Any, token_ids: list[int] | None) -> Canary | None:
 
 
 def _unsharded(model: PreTrainedModel, args: SAPOConfig) -> nn.Module:
-    """A whole copy of a model that is, or will be, sharded, for transformers' generate."""
+    """A whole copy of a model that is, or will be, sharded, for an engine that serves in place."""
     dtype = getattr(torch, args.engine_dtype())
     if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return frozen_copy(model).to(args.device, dtype)
