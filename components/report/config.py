@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from components.common.stage.config import StageConfig, setting
-from components.report.collected import collected_paths
 
 
 @dataclass(kw_only=True)
@@ -16,10 +15,6 @@ class ReportConfig(StageConfig):
     trainings: list[str] = setting(
         [], "Training logs of sft, sapo, ...: the log directory, or the model directory that holds it as `training`."
     )
-    collected_evaluations: str | None = setting(
-        None, "Input of KFP's executor input that lists more evaluations, those that a loop of a pipeline collected."
-    )
-    collected_trainings: str | None = setting(None, "The same for training logs.")
     title: str = setting("SAPO: comparison of models", "Heading of the report.")
     baseline_name: str = setting("sft", "Name of the evaluation that deltas are taken against.")
     base_name: str = setting("base", "Name of the evaluation of the model that nothing was trained for.")
@@ -28,10 +23,6 @@ class ReportConfig(StageConfig):
     markdown_file: str | None = setting(None, "Also write the Markdown to this file (KFP's Markdown artifact).")
 
     def __post_init__(self) -> None:
-        if self.collected_evaluations:
-            self.evaluations = [*self.evaluations, *collected_paths(self.executor_input, self.collected_evaluations)]
-        if self.collected_trainings:
-            self.trainings = [*self.trainings, *collected_paths(self.executor_input, self.collected_trainings)]
         if not self.evaluations and not self.trainings:
             raise ValueError("evaluations and trainings are both empty: give at least one directory to report on")
         if self.pairs_per_report < 0:

@@ -1,7 +1,7 @@
 """Recipes: YAML files of settings that ship with a stage, or lie anywhere.
 
-A recipe may begin with `extends: OTHER` and then says only what differs. OTHER is the name of a recipe of the same stage, or a path
-beside the file. A setting replaces the one it extends, also where it is a list or a mapping.
+A recipe may begin with `extends: OTHER` and then says only what differs. OTHER is the name of a recipe of the same stage, or a
+path beside the file. A setting replaces the one it extends, also where it is a list or a mapping.
 """
 
 from pathlib import Path

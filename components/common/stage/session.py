@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.common.core.errors import TERMINATED, UserError
-from components.common.stage.kfp import bucket_of, publish
+from components.common.stage.kfp import bucket_of, publish, published
 from components.common.storage import manifest
 from components.common.storage.lease import Lease, refuse_other_run
 from components.common.storage.locations import cache_directory
@@ -180,8 +180,6 @@ class Session:
             for name, value in values.items()
             if not name.startswith(FREE) and value != self.fields[name].default
         }
-        if any(name.startswith("collected_") for name in values):  # then inputs are listed there
-            settings["executor_input"] = values.get("executor_input")
         settings = json.loads(json.dumps(settings, default=str, sort_keys=True))
         text = json.dumps([self.stage, _version(), settings], sort_keys=True)
         return {"stage": self.stage, "run": hashlib.sha256(text.encode()).hexdigest(), "settings": settings}
@@ -329,7 +327,7 @@ class Session:
             if "output" not in self.sent:
                 self.mirror.keep_newest()
         files = manifest.describe(output, [path for _, path in self.unneeded])
-        made = manifest.make(files, **self.run, published=self._published())
+        made = manifest.make(files, **self.run, published=published(self.values.get("executor_input")))
         manifest.write(output, made)
         self._send(made)
         for remove, _ in self.unneeded:
@@ -354,17 +352,6 @@ class Session:
         logger.info("sent %d files to %s", len(content["files"]), uri)
         for _, sent in self.sent.values():
             shutil.rmtree(sent, ignore_errors=True) if sent.is_dir() else sent.unlink(missing_ok=True)
-
-    def _published(self) -> dict[str, Any]:
-        """What the stage told KFP, so that a run that is done already can tell it again."""
-        if not (text := self.values.get("executor_input")):
-            return {}
-        try:
-            file = Path(json.loads(text)["outputs"]["outputFile"])
-            listed = json.loads(file.read_text(encoding="utf-8"))["artifacts"]
-        except (OSError, ValueError, KeyError):
-            return {}
-        return {name: entry["artifacts"][0].get("metadata", {}) for name, entry in listed.items()}
 
     def stop(self, code: Any) -> None:
         """The stage did not get through; its last checkpoint is sent first, within the grace period."""
