@@ -5,7 +5,7 @@
 #   make bench   speed against peers in the same run (BENCH=--quick for a short one)
 #   make gpu     right, fast and planned on the GPU that is here, in seven minutes (tiny sizes on a CPU)
 #   make faults  runs that are killed, starved and lied to by their store, and what becomes of them
-#   make compile the packages to upload in the Kubeflow UI
+#   make compile the packages for the Kubeflow UI, from run files that say `package: true`
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,7 +20,7 @@ INSTALL = $(VENV)/bin/python -m pip install -qq --constraint docker/constraints.
 .PHONY: demo test test-fast check format bench gpu faults compile clean
 
 demo: $(VENV)/all
-	$(VENV)/bin/python -m pipelines run comparison --run $(RUN)
+	$(VENV)/bin/python -m pipelines run $(RUN)
 
 test: check $(VENV)/vllm
 	$(PYTEST)
