@@ -197,6 +197,6 @@ def test_helm_test_says_what_is_missing_and_prints_no_secret(
     assert lines["AWS_ACCESS_KEY_ID"].startswith("FAILED") and "create secret sapo-store" in lines["AWS_ACCESS_KEY_ID"]
     assert lines["KFP API"].startswith("ok")
     assert (
-        lines["pipeline comparison"] == "FAILED  pipeline comparison: not uploaded; see `kubectl logs job/sapo-upload`"
+        lines["pipeline tiny"] == "FAILED  pipeline tiny: not uploaded; see `kubectl logs job/sapo-upload`"
     )
     assert "never-print" not in result.stdout + result.stderr
