@@ -110,7 +110,9 @@ def compared(tmp_path_factory, chat_data, micro_model) -> tuple[Path, str]:
 
 @pytest.fixture(scope="module")
 def ablated(tmp_path_factory, chat_data, micro_model) -> tuple[Path, str]:
-    return run(tmp_path_factory.mktemp("ablation"), chat_data, micro_model, "ablation-tiny", as_sharegpt, methods=VARIANTS)
+    return run(
+        tmp_path_factory.mktemp("ablation"), chat_data, micro_model, "ablation-tiny", as_sharegpt, methods=VARIANTS
+    )
 
 
 def rows_of(markdown: str, heading: str) -> list[str]:
