@@ -6,7 +6,7 @@
 #   make gpu     right, fast and planned on the GPU that is here, in seven minutes (tiny sizes on a CPU)
 #   make faults  runs that are killed, starved and lied to by their store, and what becomes of them
 #   make hooks   lint, types and the form of the commit's subject before each commit
-#   make compile the packages to upload in the Kubeflow UI
+#   make compile the packages for the Kubeflow UI, from run files that say `package: true`
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,7 +21,7 @@ INSTALL = $(VENV)/bin/python -m pip install -qq --constraint docker/constraints.
 .PHONY: demo test test-fast check format hooks bench gpu faults compile clean
 
 demo: $(VENV)/all
-	$(VENV)/bin/python -m pipelines run comparison --run $(RUN)
+	$(VENV)/bin/python -m pipelines run $(RUN)
 
 test: check $(VENV)/vllm
 	$(PYTEST)

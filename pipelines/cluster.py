@@ -8,14 +8,11 @@ because Kubeflow Pipelines reads only text parameters there. Fixed when compiled
 retries, time-outs, caching, labels, volumes, environment.
 """
 
-import sys
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, NamedTuple
-from unittest import mock
 
 from kfp import dsl, kubernetes
-from kfp.dsl import PipelineConfig, PipelineTask, WorkspaceConfig, pipeline_task
+from kfp.dsl import PipelineConfig, PipelineTask, WorkspaceConfig
 from kfp.dsl.constants import WORKSPACE_MOUNT_PATH
 from kfp.dsl.pipeline_config import KubernetesWorkspaceConfig
 
@@ -81,7 +78,6 @@ class StageResources:
 
 
 _LIGHT = (("250m", "512Mi"), ("2", "4Gi"))
-_TRAINING = StageResources(hours=96, trains=True)
 NEEDS = {
     # Without the volume: a pod that waits for a missing one says nothing, and this stage is there to tell.
     "preflight": StageResources(
@@ -91,9 +87,7 @@ NEEDS = {
     "model": StageResources(
         4, size=(("500m", "2Gi"), ("4", "48Gi")), cached=True
     ),  # 8B parameters are loaded once, on the CPU
-    "sft": _TRAINING,
-    "sapo": _TRAINING,
-    "train": _TRAINING,
+    "train": StageResources(hours=96, trains=True),
     "evaluation": StageResources(24, ("hub", "store", "judge")),
     "report": StageResources(1, ("store",), _LIGHT, cache_volume=False),
 }
@@ -102,7 +96,7 @@ NEEDS = {
 def image(stage: str) -> str:
     """The container image of a stage, such as `ghcr.io/sapo-pipelines/sapo:0.1.0`.
 
-    `train` is an image that holds every training stage: in a comparison the stage is an argument of the run.
+    `train` is an image that holds every training stage, so that a node fetches one for all methods.
     """
     return f"{REGISTRY}/{stage}:{VERSION}"
 
@@ -132,7 +126,10 @@ def on_cluster(task: PipelineTask, stage: str, machine: Machine | None = None) -
     needs = NEEDS[stage]
     task.set_caching_options(needs.cached)
     if needs.retries:
-        task.set_retry(needs.retries, backoff_duration="60s", backoff_factor=2.0, backoff_max_duration="600s")
+        # Argo counts the longest wait from the start of the first attempt, and ends a later attempt that is still at work
+        # then: it has to be longer than all attempts and waits together.
+        deadline = f"{needs.hours * (needs.retries + 1) + 1}h"
+        task.set_retry(needs.retries, backoff_duration="60s", backoff_factor=2.0, backoff_max_duration=deadline)
     kubernetes.set_timeout(task, needs.hours * _HOUR)
     kubernetes.set_security_context(task, run_as_non_root=True)
     for label, value in (("part-of", "sapo-pipelines"), ("component", stage), ("version", VERSION)):
@@ -144,22 +141,11 @@ def on_cluster(task: PipelineTask, stage: str, machine: Machine | None = None) -
         _use_workspace(task)
     elif needs.cache_volume:
         kubernetes.mount_pvc(task, CACHE_CLAIM, CACHE)
-    with mock.patch.object(pipeline_task, "inspect", SimpleNamespace(stack=_callers)):
-        if machine is None:
-            _set_size(task, needs)
-        else:
-            _set_machine(task, machine)
+    if machine is None:
+        _set_size(task, needs)
+    else:
+        _set_machine(task, machine)
     return task
-
-
-def _callers() -> list[tuple[Any, ...]]:
-    """What kfp reads of `inspect.stack()` at every setting of a size, the callers' names, without looking for the source
-    line of each in every module there is: that took seconds of a compilation, and half a minute with torch imported."""
-    frame, names = sys._getframe(1), []
-    while frame.f_back is not None:
-        names.append((frame, frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
-        frame = frame.f_back
-    return names
 
 
 def _use_workspace(task: PipelineTask) -> None:
@@ -178,8 +164,6 @@ def _set_size(task: PipelineTask, needs: StageResources) -> None:
 def _set_machine(task: PipelineTask, machine: Machine) -> None:
     task.set_cpu_limit(machine.cpu).set_memory_limit(machine.memory)
     task.set_accelerator_type(machine.gpu_type).set_accelerator_limit(machine.gpus)
-    # kfp 2.17 does not carry what only a resource uses into a loop: the reference would name nothing there.
-    task.register_pipeline_channels([machine.cpu, machine.memory, machine.gpu_type, machine.gpus])
     kubernetes.add_node_selector_json(task, machine.node_selector)
     kubernetes.add_toleration_json(task, machine.tolerations)
     kubernetes.add_pod_label(task, "kueue.x-k8s.io/queue-name", QUEUE)

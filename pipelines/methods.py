@@ -1,47 +1,72 @@
-"""What a comparison trains: a list of methods, each with the stage that trains it. Needs no kfp."""
+"""What a run trains: a list of methods, each with the stage that trains it. Needs no kfp."""
 
 import re
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from components.common.core.errors import UserError
-from components.common.stage.recipes import read_yaml_mapping
 
 STAGES = ("sapo", "dpo", "orpo", "spin", "sft")
 STARTS = ("base", "sft")
 # `name` is what the report calls the method; every entry gives all of these, and may give `group`, for `--only`.
 KEYS = {"name": str, "stage": str, "start": str, "recipe": str, "settings": dict}
-METHOD_LISTS = {"methods", "variants"}  # the parameters of pipelines that loop over such a list
 
 
-def methods_of_run(name: str, parameter: str) -> list[dict[str, Any]]:
-    """The list in `runs/NAME.yaml`: the default of a pipeline is its smallest run."""
-    return read_yaml_mapping(Path(__file__).parent / "runs" / f"{name}.yaml")[parameter]
+class Method(NamedTuple):
+    """One entry of the list."""
+
+    name: str
+    stage: str
+    start: str
+    recipe: str
+    settings: dict[str, Any]
+    group: str | None = None
+
+    @property
+    def use(self) -> str:
+        """What the names of its parameters begin with, such as `train_sapo_dpo`."""
+        return f"train_{re.sub(r'[^a-z0-9]+', '_', self.name.lower())}"
+
+    @property
+    def label(self) -> str:
+        """What the names of its tasks end with, such as `sapo-dpo` in `train-sapo-dpo`."""
+        return self.use.removeprefix("train_").replace("_", "-")
+
+    def entry(self) -> dict[str, Any]:
+        """As a run file has it."""
+        return {key: value for key, value in self._asdict().items() if value is not None}
 
 
-def check_methods(methods: list[Any], where: str) -> None:
-    """Refuses a list that would fail in the middle of a run.
+def read_methods(entries: list[Any], where: str) -> list[Method]:
+    """The methods of a list.
 
     Raises:
         UserError: an entry lacks a key, has an unknown one or a wrong value, or two have the same name.
     """
-    for number, entry in enumerate(methods, start=1):
+    for number, entry in enumerate(entries, start=1):
         _check_entry(entry, f"{where}: entry {number}")
-    names = [entry["name"] for entry in methods]
-    if repeated := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"{where}: two entries are named {repeated[0]!r}; the report needs a name for each")
+    methods = [Method(**entry) for entry in entries]
+    for number, method in enumerate(methods):
+        for other in methods[:number]:
+            if method.name == other.name:
+                raise UserError(f"{where}: two entries are named {method.name!r}; the report needs a name for each")
+            if method.use == other.use:
+                raise UserError(
+                    f"{where}: {other.name!r} and {method.name!r} differ in no letter or digit; tasks need names that do"
+                )
+    return methods
 
 
-def select(methods: list[dict[str, Any]], only: list[str], where: str) -> list[dict[str, Any]]:
-    """The entries whose name or group is listed, in their own order.
+def select(methods: list[Method], only: list[str], where: str) -> list[Method]:
+    """The methods whose name or group is listed, in their own order.
 
     Raises:
-        UserError: something listed fits no entry.
+        UserError: something listed fits no method.
     """
-    known = {entry["name"] for entry in methods} | {entry["group"] for entry in methods if "group" in entry}
-    if unknown := [name for name in only if name not in known]:
-        raise UserError(f"--only {unknown[0]}: {where} has no entry or group of this name; it has {_listed(known)}")
-    return [entry for entry in methods if {entry["name"], entry.get("group")} & set(only)]
+    known = {method.name for method in methods} | {method.group for method in methods if method.group is not None}
+    if missing := [name for name in only if name not in known]:
+        listed = ", ".join(sorted(known)) or "none"
+        raise UserError(f"--only {missing[0]}: {where} has no method or group of this name; it has {listed}")
+    return [method for method in methods if {method.name, method.group} & set(only)]
 
 
 def _check_entry(entry: Any, where: str) -> None:
@@ -57,10 +82,6 @@ def _check_entry(entry: Any, where: str) -> None:
     for key, allowed in (("stage", STAGES), ("start", STARTS)):
         if entry[key] not in allowed:
             raise UserError(f"{where}: {key} = {entry[key]!r}, must be one of {', '.join(allowed)}")
-    # Locally it is part of a folder's name; `base` and `sft` are in every report.
+    # It is part of the names of tasks, parameters and folders; `base` and `sft` are in every report.
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", entry["name"]) or entry["name"] in STARTS:
         raise UserError(f"{where}: name = {entry['name']!r} must be letters, digits, '.', '_', '-', not base or sft")
-
-
-def _listed(names: set[str]) -> str:
-    return ", ".join(sorted(names)) or "none"

@@ -23,7 +23,7 @@ import urllib3
 from kfp.client import Client, ServiceAccountTokenVolumeCredentials
 from kfp_server_api.exceptions import ApiException
 
-from pipelines.local import duration
+from pipelines.duration import duration
 from pipelines.package import Package
 
 ENDED = {"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"}

@@ -9,36 +9,38 @@ from typing import Any
 
 from components.common.core.errors import UserError
 from pipelines import cluster
-from pipelines.package import Package
+from pipelines.methods import Method
+from pipelines.runs import Run
 
 RUNTIME = "torch-distributed"  # a ClusterTrainingRuntime that comes with Kubeflow Trainer; it tells torchrun its peers
 PART_OF = {"app.kubernetes.io/part-of": "sapo-pipelines"}  # the network policy lets such pods reach each other
 
 
 def train_job(
-    package: Package, arguments: dict[str, Any], method: str, nodes: int, data: str, model: str, output: str
+    run: Run, arguments: dict[str, Any], method: str, nodes: int, data: str, model: str, output: str
 ) -> dict[str, Any]:
     """The TrainJob (trainer.kubeflow.org/v1alpha1) that trains one method on `nodes` machines of the run.
 
     Args:
-        package: `comparison` or `ablation`.
-        arguments: of the run, checked; what is left out has the package's default.
-        method: name of an entry of its list of methods.
+        run: the run.
+        arguments: parameters of its pipeline, checked; what is left out is as in the run.
+        method: name of one of its methods.
         nodes: how many pods, each with all the GPUs of a training stage.
         data, model, output: where the data stage's output is, the model to start from, and where the result goes.
 
     Raises:
         UserError: no such method, or a location that other nodes cannot reach.
     """
-    values = {name: arguments.get(name, parameter.default) for name, parameter in package.parameters.items()}
-    entry = _method(package, values, method)
+    values = {name: arguments.get(name, parameter.default) for name, parameter in run.parameters.items()}
+    chosen = _method(run, method)
     for name, location in (("data", data), ("model", model), ("output", output)):
         if "://" not in location:
             raise UserError(f"--{name} {location}: nodes share no disk; give an s3:// location")
     if nodes < 1:
         raise UserError(f"--nodes {nodes}: must be 1 or more")
     locations = ["--data", data, "--model", model, "--output", output, "--grace_seconds", str(cluster.SENDING_SECONDS)]
-    settings = ["--config", entry["recipe"], "--settings", json.dumps(entry["settings"])]
+    recipe, settings = values[f"{chosen.use}_recipe"], values[f"{chosen.use}_settings"]
+    configured = ["--config", recipe, "--settings", json.dumps(settings)]
     labels = {**PART_OF, "kueue.x-k8s.io/queue-name": cluster.QUEUE}
     return {
         "apiVersion": "trainer.kubeflow.org/v1alpha1",
@@ -49,8 +51,8 @@ def train_job(
             "activeDeadlineSeconds": cluster.NEEDS["train"].hours * 3600,
             "trainer": {
                 "image": cluster.image("train"),
-                "command": ["torchrun", "-m", f"components.{entry['stage']}"],
-                "args": ["--name", method, *settings, *locations],
+                "command": ["torchrun", "-m", f"components.{chosen.stage}"],
+                "args": ["--name", method, *configured, *locations],
                 "numNodes": nodes,
                 "numProcPerNode": max(int(values["gpus"]), 1),
                 "resourcesPerNode": {"limits": _limits(values)},
@@ -61,14 +63,11 @@ def train_job(
     }
 
 
-def _method(package: Package, values: dict[str, Any], name: str) -> dict[str, Any]:
-    methods = values.get("methods") or values.get("variants")
-    if methods is None:
-        raise UserError(f"pipeline {package.name} has no list of methods; take comparison or ablation")
-    for entry in methods:
-        if entry["name"] == name:
-            return entry
-    raise UserError(f"--method {name}: the run has {', '.join(entry['name'] for entry in methods) or 'none'}")
+def _method(run: Run, name: str) -> Method:
+    for method in run.methods:
+        if method.name == name:
+            return method
+    raise UserError(f"--method {name}: the run has {', '.join(method.name for method in run.methods) or 'none'}")
 
 
 def _limits(values: dict[str, Any]) -> dict[str, str]:

@@ -24,6 +24,7 @@ import pytest
 from components.common.core.conversations import read_rows, write_rows
 from components.common.stage.recipes import find_recipe
 from pipelines.__main__ import main as pipelines_main
+from pipelines.runs import run_names
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("components", "pipelines", "docker", "helm", "tests")
@@ -109,8 +110,8 @@ def wrong(command: str) -> list[str]:
             stage = arguments(command, match)[0]
     elif match := PIPELINES.search(command):
         given = arguments(command, match)
-        files = [given[i + 1] for i, word in enumerate(given[:-1]) if word == "--run" and given[i + 1] != "FILE"]
-        missing = [f"run file {path}" for path in files if not (ROOT / path).is_file()]
+        runs = [] if match[1] == "compile" else [word for word in given[:1] if word not in ("RUN", "--help")]
+        missing = [f"run {word}" for word in runs if not (ROOT / word).is_file() and word not in run_names()]
         return missing + unknown(given, flags_of_pipelines(match[1]))
     elif command.startswith("make "):
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
@@ -146,10 +147,12 @@ def test_a_command_that_went_stale_is_found() -> None:
     assert wrong("python -m components.data --config chitchat --sauce x") == ["flag --sauce"]
     assert wrong("python -m components.data --config chitchad --output x")[0].startswith("--config chitchad: no such")
     assert wrong("python -m components.dta --output x") == ["stage dta"]
-    assert wrong("python -m pipelines run sapo --run pipelines/runs/none.yaml --onyl x") == [
-        "run file pipelines/runs/none.yaml",
+    assert wrong("python -m pipelines run pipelines/runs/none.yaml --onyl x") == [
+        "run pipelines/runs/none.yaml",
         "flag --onyl",
     ]
+    assert wrong("python -m pipelines submit tinny --wait") == ["run tinny"]
+    assert wrong("python -m pipelines run tiny --only dpo") == []
     assert wrong("docker run ghcr.io/sapo-pipelines/train:1.0 dpo --bta 1") == ["flag --bta"]
     assert wrong("make tset") == ["target tset"]
     assert wrong("FOO=1 .venv/bin/python -m components.data --config own --output x | tee log") == []

@@ -5,7 +5,7 @@ from typing import Any
 
 from components.common.core.identity import Role
 from components.common.stage.config import StageConfig, setting
-from components.common.stage.recipes import find_recipe, read_yaml_mapping
+from components.common.stage.recipes import read_recipe
 
 
 @dataclass(kw_only=True)
@@ -45,4 +45,4 @@ class PreflightConfig(StageConfig):
         recipe, settings = getattr(self, f"{stage}_recipe"), getattr(self, f"{stage}_settings")
         if recipe is None:
             return settings
-        return read_yaml_mapping(find_recipe(stage.removeprefix("sft_"), recipe)) | settings
+        return read_recipe(stage.removeprefix("sft_"), recipe) | settings

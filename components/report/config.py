@@ -1,11 +1,9 @@
 """Settings of the report stage."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from components.common.core.identity import Role
 from components.common.stage.config import StageConfig, setting
-from components.report.collected import collected_paths
 
 
 @dataclass(kw_only=True)
@@ -20,12 +18,6 @@ class ReportConfig(StageConfig):
         "Training logs of sft, sapo, ...: the log directory, or the model directory that holds it as `training`.",
         role=Role.INPUT,
     )
-    collected_evaluations: str | None = setting(
-        None,
-        "Input of KFP's executor input that lists more evaluations, those that a loop of a pipeline collected.",
-        role=Role.INDIRECT,
-    )
-    collected_trainings: str | None = setting(None, "The same for training logs.", role=Role.INDIRECT)
     title: str = setting("SAPO: comparison of models", "Heading of the report.")
     baseline_name: str = setting("sft", "Name of the evaluation that deltas are taken against.")
     base_name: str = setting("base", "Name of the evaluation of the model that nothing was trained for.")
@@ -36,15 +28,6 @@ class ReportConfig(StageConfig):
     markdown_file: str | None = setting(
         None, "Also write the Markdown to this file (KFP's Markdown artifact).", role=Role.OUTPUT_FILE
     )
-
-    @classmethod
-    def inputs_named(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """With what a loop of a pipeline collected among the inputs."""
-        found = dict(values)
-        for name in ("evaluations", "trainings"):
-            if collected := found.pop(f"collected_{name}", None):
-                found[name] = [*found.get(name, []), *collected_paths(found.get("executor_input"), collected)]
-        return found
 
     def __post_init__(self) -> None:
         if not self.evaluations and not self.trainings:

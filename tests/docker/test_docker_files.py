@@ -11,7 +11,7 @@ from urllib.request import urlopen
 import pytest
 
 from pipelines.cluster import REGISTRY, VERSION
-from pipelines.package import package_names, read_package
+from pipelines.package import COMPILED, package_names, read_package
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
@@ -50,7 +50,7 @@ def test_hadolint_finds_nothing() -> None:
 def test_every_image_of_a_pipeline_is_built_and_tagged() -> None:
     used = set()
     for name in package_names():
-        for executor in read_package(name).spec["deploymentSpec"]["executors"].values():
+        for executor in read_package(COMPILED / f"{name}.yaml").spec["deploymentSpec"]["executors"].values():
             used.add(executor["container"]["image"])
     assert used <= {f"{REGISTRY}/{stage}:{VERSION}" for stage in baked()}
     assert set(baked()) <= targets().keys()

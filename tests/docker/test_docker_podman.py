@@ -26,6 +26,7 @@ LOCKED = ["--rm", "--read-only", "--tmpfs", "/tmp:rw,exec,mode=1777", "--cap-dro
 OPTIONAL = {"deepspeed", "vllm"}  # of the CUDA flavour
 STEPS = {"max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1, "eval_steps": 3, "eval_rows": 8}
 RUN = {
+    "extends": "tiny",
     "data_settings": {"max_rows": 400},
     "sft_data_settings": {"max_rows": 400},
     "sft_settings": STEPS,
@@ -38,7 +39,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(SKIP), reason=SKIP)]
 def run_comparison(engine: str, directory: Path, **changed: object) -> "subprocess.CompletedProcess[str]":
     run_file = directory / "run.yaml"
     run_file.write_text(yaml.safe_dump(RUN | changed))
-    command = [sys.executable, "-m", "pipelines", "run", "comparison", "--containers", "--run", str(run_file)]
+    command = [sys.executable, "-m", "pipelines", "run", str(run_file), "--containers"]
     return run(*command, "--output", directory / "output", DOCKER_HOST=engine)
 
 
@@ -56,9 +57,9 @@ def test_a_comparison_runs_in_containers(engine: str, tmp_path: Path) -> None:
     assert len(set(re.findall(r"^\[\d+/\d+\] (\S+):", done.stdout, re.M))) == 10
     outputs = tmp_path / "output" / "outputs"
     assert (outputs / "train-sapo-dpo" / "model" / "model.safetensors").stat().st_uid != 0 or os.getuid() != 0
-    results = json.loads((outputs / "evaluation-sapo-dpo" / "results" / "results.json").read_text())
+    results = json.loads((outputs / "evaluate-sapo-dpo" / "results" / "results.json").read_text())
     assert results["name"] == "sapo-dpo"
-    assert "sapo-dpo" in (outputs / "comparison-report" / "report" / "report.md").read_text()
+    assert "sapo-dpo" in (outputs / "report" / "report" / "report.md").read_text()
     left = run("podman", "ps", "--all", "--quiet", "--filter", f"label=sapo-pipelines.run={tmp_path / 'output'}")
     assert left.stdout == ""
 

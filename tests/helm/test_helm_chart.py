@@ -242,7 +242,7 @@ def test_uploaded_pipelines_pull_from_the_registry_of_the_installation() -> None
         "registry.example.internal:5000/sapo/STAGE:0.1.0-cuda"
     }
     stages = {Path(image).name.partition(":")[0] for image in images}
-    assert {"data", "sapo", "train"} <= stages
+    assert {"data", "model", "train", "evaluation", "report"} <= stages
 
 
 def egress(made: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -389,7 +389,7 @@ def test_trial_store_gets_keys_that_nobody_can_guess() -> None:
 def test_notes_name_the_next_command(name: str) -> None:
     notes = rendered(ci_values(name))["NOTES.txt"]
     assert f"helm test sapo -n {NAMESPACE} --logs" in notes
-    assert "python -m pipelines submit comparison --run pipelines/runs/tiny.yaml" in notes
+    assert "python -m pipelines submit tiny" in notes
     assert ("secret generic sapo-store" in notes) == (name in ("default", "minimal", "multi-tenant"))
     assert ("--service_account default-editor" in notes) == ("KF_TOKEN" in notes) == (name == "multi-tenant")
     assert ("svc/sapo-tensorboard" in notes) == (name in ("kueue", "multi-tenant"))

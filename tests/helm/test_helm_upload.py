@@ -92,6 +92,14 @@ def test_kfps_own_client_finds_what_was_uploaded(scripts: Path, packages: Path) 
         assert client.list_pipelines().pipelines[0].description == "Aligns a toy. In two lines."
 
 
+def test_the_description_begins_with_the_title(scripts: Path, packages: Path) -> None:
+    titled = PACKAGE + "pipelineInfo:\n  displayName: 'SAPO: the paper''s runs'\n  name: toy\n"
+    (packages / "toy.yaml").write_text(titled, encoding="utf-8")
+    with serve() as server:
+        assert upload(scripts, server, packages).returncode == 0
+        assert server.pipelines[0]["description"] == "SAPO: the paper's runs. Aligns a toy. In two lines."
+
+
 def test_only_new_content_makes_a_version(scripts: Path, packages: Path) -> None:
     with serve(KfpServer(page_size=1)) as server:
         texts = [PACKAGE, PACKAGE + "root: 1\n", PACKAGE + "root: 2\n"]
@@ -196,7 +204,5 @@ def test_helm_test_says_what_is_missing_and_prints_no_secret(
     assert lines["OPENAI_API_KEY"].startswith("FAILED  OPENAI_API_KEY: begins or ends with white space")
     assert lines["AWS_ACCESS_KEY_ID"].startswith("FAILED") and "create secret sapo-store" in lines["AWS_ACCESS_KEY_ID"]
     assert lines["KFP API"].startswith("ok")
-    assert (
-        lines["pipeline comparison"] == "FAILED  pipeline comparison: not uploaded; see `kubectl logs job/sapo-upload`"
-    )
+    assert lines["pipeline tiny"] == "FAILED  pipeline tiny: not uploaded; see `kubectl logs job/sapo-upload`"
     assert "never-print" not in result.stdout + result.stderr

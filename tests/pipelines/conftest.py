@@ -9,6 +9,7 @@ from kfp import compiler, dsl
 from kfp.dsl import Artifact, Input, Output
 
 from pipelines.__main__ import main
+from pipelines.stages import named
 
 NONE: dict[str, Any] = {}
 SCRIPT = str(Path(__file__).parent / "fake_stage.py")
@@ -48,30 +49,19 @@ def fake(
     second(given=again.outputs["made"], settings=three).set_display_name("The third")
 
 
-@dsl.container_component
-def second_of_item(given: Input[Artifact], settings: str, made: Output[Artifact]) -> dsl.ContainerSpec:
-    return _container(settings, "--given", given.path, "--output", made.path)
-
-
-@dsl.container_component
-def last(given: Input[list[Artifact]], settings: dict, made: Output[Artifact]) -> dsl.ContainerSpec:
-    return _container(settings, "--output", made.path)
-
-
-@dsl.pipeline(name="loop")
-def loop(items: list, steps: int = 1) -> None:
-    """first -> second for each item -> last."""
-    made = first(settings=NONE).set_display_name("The first")
-    with dsl.ParallelFor(items, parallelism=1) as item:
-        again = second_of_item(given=made.outputs["made"], settings=item.settings).set_display_name("The second")
-    last(given=dsl.Collected(again.outputs["made"]), settings=NONE).set_display_name("The last")
+@dsl.pipeline(name="fan")
+def fan(one: dict = NONE, two: dict = NONE) -> None:
+    """first -> two that need not wait for each other -> last."""
+    made = first(settings=NONE).set_display_name("The first").outputs["made"]
+    for name, settings in (("b", one), ("a", two)):
+        named(second, f"second-{name}")(given=made, settings=settings).set_display_name(f"The second {name}")
 
 
 @pytest.fixture
-def loop_package(tmp_path: Path) -> Path:
-    """A compiled pipeline of fake stages with a loop."""
-    path = tmp_path / "loop.yaml"
-    compiler.Compiler().compile(loop, str(path))
+def fan_package(tmp_path: Path) -> Path:
+    """A compiled pipeline of fake stages, two of which depend on the first alone."""
+    path = tmp_path / "fan.yaml"
+    compiler.Compiler().compile(fan, str(path))
     return path
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from fake_engine import FakeEngine, running_engine
 
-from pipelines.containers import passed_on
+from pipelines.local.containers import passed_on
 
 REPOSITORY = Path(__file__).parents[2]
 Cli = Callable[..., tuple[int, str, str]]

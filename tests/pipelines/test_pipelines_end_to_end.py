@@ -16,13 +16,13 @@ TASKS = [
     "preflight",
     "data",
     "model",
+    "evaluate-base",
     "sft",
-    "sapo",
-    "sapo-2",
-    "evaluation",
-    "evaluation-2",
-    "evaluation-3",
-    "evaluation-4",
+    "evaluate-sft",
+    "train-sapo-dpo",
+    "evaluate-sapo-dpo",
+    "train-sapo-orpo",
+    "evaluate-sapo-orpo",
     "report",
 ]
 
@@ -44,11 +44,11 @@ def run(
     directory: Path,
     chat_data: Path,
     micro_model: Path,
-    pipeline: str,
+    extends: str,
     own: Callable[[dict], dict[str, object]] | None = None,
     **arguments: object,
 ) -> tuple[Path, str]:
-    """Runs a pipeline from chats to report; gives the directory of the run and what was said.
+    """Runs a run file from chats to report; gives the directory of the run and what was said.
 
     With `own` the chats come in that form, by `--data`, as a user's own rows do.
     """
@@ -61,6 +61,7 @@ def run(
         arguments |= {"data_settings": data}
     source.write_text(text)
     arguments |= {
+        "extends": extends,
         "model_settings": {"source": f"scratch://{micro_model.parent / 'micro.yaml'}"},
         "sft_settings": STEPS,
         "evaluation_settings": {"limit": 12},
@@ -69,7 +70,7 @@ def run(
     path = directory / "run.yaml"
     path.write_text(yaml.safe_dump(arguments))
     output = directory / "output"
-    command = [sys.executable, "-m", "pipelines", "run", pipeline, "--run", str(path), "--output", str(output)]
+    command = [sys.executable, "-m", "pipelines", "run", str(path), "--output", str(output)]
     command += ["--data", str(source)] if own else []
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
@@ -78,8 +79,8 @@ def run(
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, chat_data, micro_model) -> tuple[Path, str]:
-    settings = {"sapo_dpo_settings": STEPS, "sapo_orpo_settings": STEPS}
-    return run(tmp_path_factory.mktemp("sapo"), chat_data, micro_model, "sapo", as_alpaca, **settings)
+    methods = [method(f"sapo-{loss}", "sapo", f"tiny-{loss}") for loss in ("dpo", "orpo")]
+    return run(tmp_path_factory.mktemp("sapo"), chat_data, micro_model, "sapo-tiny", as_alpaca, methods=methods)
 
 
 def method(name: str, stage: str, recipe: str, start: str = "sft", **settings: object) -> dict[str, object]:
@@ -104,12 +105,14 @@ VARIANTS = [
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory, chat_data, micro_model) -> tuple[Path, str]:
     arguments = {"methods": METHODS, "sft_data_settings": {"max_rows": 24}}
-    return run(tmp_path_factory.mktemp("comparison"), chat_data, micro_model, "comparison", **arguments)
+    return run(tmp_path_factory.mktemp("comparison"), chat_data, micro_model, "tiny", **arguments)
 
 
 @pytest.fixture(scope="module")
 def ablated(tmp_path_factory, chat_data, micro_model) -> tuple[Path, str]:
-    return run(tmp_path_factory.mktemp("ablation"), chat_data, micro_model, "ablation", as_sharegpt, variants=VARIANTS)
+    return run(
+        tmp_path_factory.mktemp("ablation"), chat_data, micro_model, "ablation-tiny", as_sharegpt, methods=VARIANTS
+    )
 
 
 def rows_of(markdown: str, heading: str) -> list[str]:
@@ -124,11 +127,10 @@ def test_a_comparison_trains_evaluates_and_reports_every_method(compared):
     output, said = compared
     ran = re.findall(r"^\[\d+/20\] (\S+):", said, re.M)
     names = [method["name"] for method in METHODS]
-    first = ["data", "data-2", "model", "sft", "evaluation", "evaluation-2"]
-    loop = [f"{task}-{name}" for name in names for task in ("train", "evaluation")]
-    assert (ran[0], sorted(ran[1:7])) == ("preflight", sorted(first))
-    assert ran[7:] == [*loop, "comparison-report"]
-    markdown = (output / "outputs" / "comparison-report" / "report" / "report.md").read_text()
+    first = ["preflight", "data", "model", "evaluate-base", "sft-data", "sft", "evaluate-sft"]
+    methods = [f"{task}-{name}" for name in names for task in ("train", "evaluate")]
+    assert ran == [*first, *methods, "report"]
+    markdown = (output / "outputs" / "report" / "report" / "report.md").read_text()
     assert rows_of(markdown, "Results")[:8] == ["base", "sft", *names]
     assert rows_of(markdown, "Training") == ["sft", *names]
     assert rows_of(markdown, "Where the time went") == ["sft", *names]
@@ -139,7 +141,7 @@ def test_a_comparison_trains_evaluates_and_reports_every_method(compared):
 @pytest.mark.slow
 def test_each_method_ran_its_stage_from_its_start_with_its_settings(compared):
     output, _ = compared
-    models = {"base": str(output / "outputs" / "model" / "model"), "sft": str(output / "outputs" / "sft" / "tuned")}
+    models = {"base": str(output / "outputs" / "model" / "model"), "sft": str(output / "outputs" / "sft" / "model")}
     for entry in METHODS:
         folder = output / "outputs" / f"train-{entry['name']}"
         summary = json.loads((folder / "training_log" / "summary.json").read_text())
@@ -148,7 +150,7 @@ def test_each_method_ran_its_stage_from_its_start_with_its_settings(compared):
         expected = entry["settings"] if entry["stage"] == "spin" else {"max_steps": 3}
         assert {key: summary["settings"][key] for key in expected} == expected
         assert (folder / "model" / "model.safetensors").is_file()
-        measured = output / "outputs" / f"evaluation-{entry['name']}" / "results" / "results.json"
+        measured = output / "outputs" / f"evaluate-{entry['name']}" / "results" / "results.json"
         assert json.loads(measured.read_text())["name"] == entry["name"]
 
 
@@ -156,7 +158,7 @@ def test_each_method_ran_its_stage_from_its_start_with_its_settings(compared):
 def test_an_ablation_stands_beside_the_paper(ablated):
     output, said = ablated
     assert len(re.findall(r"^\[\d+/12\] ", said, re.M)) == 12
-    markdown = (output / "outputs" / "comparison-report" / "report" / "report.md").read_text()
+    markdown = (output / "outputs" / "report" / "report" / "report.md").read_text()
     assert rows_of(markdown, "Results")[:4] == ["base", "sft", "on-policy", "sft-chosen"]
     assert "dpo" not in rows_of(markdown, "Training")
     assert "### Table 3: training paradigm" in markdown
@@ -165,13 +167,10 @@ def test_an_ablation_stands_beside_the_paper(ablated):
 
 
 @pytest.mark.slow
-def test_every_task_ran_once_in_an_order_that_fits(finished):
+def test_every_task_ran_once_in_the_order_of_the_run(finished):
     output, said = finished
     ran = [line.split()[1].rstrip(":") for line in said.splitlines() if line.startswith("[") and "/11] " in line]
-    assert sorted(ran) == sorted(TASKS)
-    assert ran[:3] == ["preflight", "data", "model"]
-    assert ran.index("sft") < min(ran.index("sapo"), ran.index("sapo-2"))
-    assert ran[-1] == "report"
+    assert ran == TASKS
     assert sorted(path.stem for path in (output / "logs").glob("*.log")) == sorted([*TASKS, "kfp"])
 
 
@@ -179,7 +178,7 @@ def test_every_task_ran_once_in_an_order_that_fits(finished):
 def test_the_table_holds_what_the_evaluations_measured(finished):
     output, said = finished
     results = {}
-    for path in (output / "outputs").glob("evaluation*/results/results.json"):
+    for path in (output / "outputs").glob("evaluate-*/results/results.json"):
         content = json.loads(path.read_text())
         results[content["name"]] = {entry["metric"]: entry for entry in content["results"]}
     assert set(results) == {"base", "sft", "sapo-dpo", "sapo-orpo"}
@@ -198,7 +197,7 @@ def test_each_training_left_its_log_and_sapo_its_pairs(finished):
     summaries = [json.loads(path.read_text()) for path in output.glob("outputs/*/training_log/summary.json")]
     assert sorted(summary["name"] for summary in summaries) == ["sapo-dpo", "sapo-orpo", "sft"]
     assert all(summary["steps"] == 3 for summary in summaries)
-    for task in ("sapo", "sapo-2"):
+    for task in ("train-sapo-dpo", "train-sapo-orpo"):
         log = output / "outputs" / task / "training_log"
         pairs = [json.loads(line) for line in (log / "pairs.jsonl").read_text().splitlines()]
         assert len(pairs) == 6  # two at each of three logging steps

@@ -1,6 +1,5 @@
 """kfp.local runs a compiled package as processes: hand-over, logs, failure, interruption."""
 
-import inspect
 import json
 import os
 import re
@@ -14,10 +13,9 @@ from pathlib import Path
 import kfp
 import pytest
 import yaml
-from kfp.local import executor_input_utils, subprocess_task_handler, task_dispatcher
-from kfp.local.orchestrator import enhanced_dag_orchestrator, task_spec_utils
 
-from pipelines.local import LocalRun
+from pipelines.local.processes import Processes
+from pipelines.local.runner import LocalRun
 from pipelines.package import read_package
 
 REPOSITORY = Path(__file__).parents[2]
@@ -39,34 +37,25 @@ def test_tasks_run_in_order_and_hand_outputs_over(fake_package: Path, tmp_path: 
     assert yaml.safe_load((run_directory / "arguments.yaml").read_text()) == {"steps": 1}
 
 
-def test_a_loop_runs_once_for_each_item_and_is_called_after_it(
-    loop_package: Path, tmp_path: Path, run_cli: Cli
-) -> None:
-    items = "[{name: a, settings: {}}, {settings: {say: me}}]"
-    code, out, err = run_cli("run", loop_package, "--set", f"items={items}", "--output", tmp_path / "run")
+def test_tasks_that_may_run_at_any_time_run_by_name(fan_package: Path, tmp_path: Path, run_cli: Cli) -> None:
+    code, out, err = run_cli("run", fan_package, "--set", "two.say=me", "--output", tmp_path / "run")
     assert (code, err) == (0, "")
-    assert re.findall(r"^\[\d/4\] .*? \(", out, re.M) == [
-        "[1/4] first: The first (",
-        "[2/4] second-of-item-a: The second of a (",
-        "[3/4] second-of-item-1: The second of 1 (",
-        "[4/4] last: The last (",
+    assert re.findall(r"^\[\d/3\] .*? \(", out, re.M) == [
+        "[1/3] first: The first (",
+        "[2/3] second-a: The second a (",
+        "[3/3] second-b: The second b (",
     ]
-    assert "[second-of-item-1] me\n" in out
-    outputs = tmp_path / "run" / "outputs"
-    given = json.loads((outputs / "last" / "made" / "flags.json").read_text())["--executor_input"]
-    collected = json.loads(given)["inputs"]["artifacts"]["given"]["artifacts"]
-    assert [artifact["uri"] for artifact in collected] == [
-        f"{outputs}/second-of-item-{label}/made" for label in ("a", "1")
-    ]
+    assert "[second-a] me\n" in out
+    made = tmp_path / "run" / "outputs" / "second-a" / "made" / "flags.json"
+    assert json.loads(made.read_text())["--given"] == str(tmp_path / "run" / "outputs" / "first" / "made")
 
 
-def test_nothing_starts_after_a_failure_in_a_loop(loop_package: Path, tmp_path: Path, run_cli: Cli) -> None:
-    items = "[{name: a, settings: {exit_code: 3}}, {name: b, settings: {}}]"
-    code, out, err = run_cli("run", loop_package, "--set", f"items={items}", "--output", tmp_path / "run")
-    log = tmp_path / "run" / "logs" / "second-of-item-a.log"
+def test_nothing_starts_after_a_failure(fan_package: Path, tmp_path: Path, run_cli: Cli) -> None:
+    code, out, err = run_cli("run", fan_package, "--set", "two.exit_code=3", "--output", tmp_path / "run")
+    log = tmp_path / "run" / "logs" / "second-a.log"
     assert code == 1
-    assert err == f"pipelines: error: task second-of-item-a (The second of a) failed with exit code 3; its log: {log}\n"
-    assert [line.split()[0] for line in out.splitlines() if line.endswith("not run")] == ["last", "second-of-item-b"]
+    assert err == f"pipelines: error: task second-a (The second a) failed with exit code 3; its log: {log}\n"
+    assert [line.split()[0] for line in out.splitlines() if line.endswith("not run")] == ["second-b"]
 
 
 def test_lines_are_shown_with_the_task_and_kept_in_a_log(fake_package: Path, tmp_path: Path, run_cli: Cli) -> None:
@@ -83,10 +72,9 @@ def test_lines_are_shown_with_the_task_and_kept_in_a_log(fake_package: Path, tmp
 
 @pytest.mark.parametrize("text", ['it\'s "quoted", {braces} $HOME', "ünïcode\nlines", "python3 -m x"])
 def test_settings_reach_the_stage_unchanged(fake_package: Path, tmp_path: Path, run_cli: Cli, text: str) -> None:
-    run_file = tmp_path / "run.yaml"
     settings = {"say": text, "rate": 1e-5, "steps": 3, "on": True, "none": None, "list": [1, "a"]}
-    run_file.write_text(yaml.safe_dump({"steps": 1, "one": settings}))
-    code, _, err = run_cli("run", fake_package, "--run", run_file, "--output", tmp_path / "run")
+    given = ["--set", "steps=1", "--set", f"one={json.dumps(settings)}"]
+    code, _, err = run_cli("run", fake_package, *given, "--output", tmp_path / "run")
     assert (code, err) == (0, "")
     flags = json.loads((tmp_path / "run" / "outputs" / "first" / "made" / "flags.json").read_text())
     assert json.loads(flags["--settings"]) == settings
@@ -138,8 +126,9 @@ def test_command_that_is_not_there(fake_package: Path, tmp_path: Path, run_cli: 
     assert "cannot start no-such-command" in (tmp_path / "run" / "logs" / "first.log").read_text()
 
 
-def _start(package: Path, directory: Path, *settings: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "pipelines", "run", str(package), "--output", str(directory), "--set", "steps=1"]
+def _start(package: Path, directory: Path, *settings: str, steps: bool = True) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "pipelines", "run", str(package), "--output", str(directory)]
+    command += ["--set", "steps=1"] if steps else []
     command += [word for setting in settings for word in ("--set", setting)]
     return subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -194,15 +183,16 @@ def test_interruption_stops_the_stage_and_its_children(
     assert not (tmp_path / "run" / "outputs" / "second-2").exists()
 
 
-def test_interruption_ends_a_loop(loop_package: Path, tmp_path: Path, started: list["subprocess.Popen[str]"]) -> None:
-    items = "items=[{name: a, settings: {sleep: true}}, {name: b, settings: {}}]"
-    process = _start(loop_package, tmp_path / "run", items)
+def test_an_interruption_ends_the_run_and_not_only_the_task(
+    fan_package: Path, tmp_path: Path, started: list["subprocess.Popen[str]"]
+) -> None:
+    process = _start(fan_package, tmp_path / "run", "two.sleep=true", steps=False)
     started.append(process)
     child = int(_lines_until(process, r"sleeping, child (\d+)")[1])
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=15)
     assert (process.returncode, err) == (130, "pipelines: interrupted\n")
-    assert [line.split()[0] for line in out.splitlines() if line.endswith("not run")] == ["last", "second-of-item-b"]
+    assert [line.split()[0] for line in out.splitlines() if line.endswith("not run")] == ["second-b"]
     assert _ends(child)
 
 
@@ -225,7 +215,7 @@ def test_second_interruption_kills_a_stage_that_does_not_stop(
 @pytest.mark.slow
 def test_grace_ends_a_stage_that_does_not_stop(fake_package: Path, tmp_path: Path) -> None:
 
-    run = LocalRun(read_package(str(fake_package)), tmp_path / "run", grace_seconds=0.3)
+    run = LocalRun(read_package(fake_package), tmp_path / "run", Processes(), grace_seconds=0.3)
     script = f"import os, signal, time; time.sleep(2); os.kill({os.getpid()}, signal.SIGINT)"
     killer = subprocess.Popen([sys.executable, "-c", script])
     start = time.monotonic()
@@ -236,40 +226,15 @@ def test_grace_ends_a_stage_that_does_not_stop(fake_package: Path, tmp_path: Pat
     assert [(task.name, task.state, task.exit_code) for task in run.tasks] == [("first", "interrupted", -9)]
 
 
-def test_hooks_fit_the_pinned_kfp_and_are_taken_out_again(fake_package: Path, tmp_path: Path, run_cli: Cli) -> None:
-    handler = subprocess_task_handler.SubprocessTaskHandler
-    expected = ["self", "image", "full_command", "pipeline_root", "runner", "env_vars"]
-    assert list(inspect.signature(handler.__init__).parameters) == expected
-    with pytest.raises(RuntimeError, match="Container Component"):  # else the hook is needed no more
-        handler(
-            image="python", full_command=["true"], pipeline_root="", runner=kfp.local.SubprocessRunner(use_venv=False)
-        )
-    run_single_task = task_dispatcher.run_single_task_implementation
-    assert "component_name" in inspect.signature(run_single_task).parameters
-    assert list(inspect.signature(executor_input_utils.get_local_pipeline_resource_name).parameters) == [
-        "pipeline_name"
-    ]
-    run_loop, make_spec = (
-        enhanced_dag_orchestrator._run_parallel_for_task,
-        task_spec_utils.create_parameter_loop_iteration_task_spec,
-    )
-    assert {"task_name", "task_spec", "components", "io_store"} <= set(inspect.signature(run_loop).parameters)
-    assert list(inspect.signature(make_spec).parameters) == ["original_task_spec", "loop_item", "loop_task_name"]
-    assert list(inspect.signature(executor_input_utils.get_local_task_resource_name).parameters) == ["component_name"]
-    run_cli("run", fake_package, "--set", "steps=1", "--output", tmp_path / "run")
-    assert enhanced_dag_orchestrator._run_parallel_for_task is run_loop
-    assert task_spec_utils.create_parameter_loop_iteration_task_spec is make_spec
-    assert subprocess_task_handler.SubprocessTaskHandler is handler
-    assert task_dispatcher.run_single_task_implementation is run_single_task
-
-
 def test_another_kfp_is_refused(
     fake_package: Path, tmp_path: Path, run_cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kfp, "__version__", "9.9.9")
     code, _, err = run_cli("run", fake_package, "--set", "steps=1", "--output", tmp_path / "run")
     assert code == 2
-    assert "written for the internals of kfp 2.17.0, installed is 9.9.9; run: pip install kfp==2.17.0" in err
+    assert (
+        "pipelines are written for the internals of kfp 2.17.0, installed is 9.9.9; run: pip install kfp==2.17.0" in err
+    )
 
 
 def test_output_that_holds_files_is_refused(fake_package: Path, tmp_path: Path, run_cli: Cli) -> None:

@@ -112,7 +112,7 @@ def kubeflow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Kubefl
 
 @pytest.fixture
 def submit(run_cli: Cli, kubeflow: KubeflowPipelines) -> Cli:
-    return lambda *argv: run_cli("submit", "sapo", "--endpoint", kubeflow.url, "--poll", "0.01", *argv)
+    return lambda *argv: run_cli("submit", "tiny", "--endpoint", kubeflow.url, "--poll", "0.01", *argv)
 
 
 @pytest.mark.slow
@@ -131,7 +131,7 @@ def test_a_run_that_succeeds(submit: Cli, kubeflow: KubeflowPipelines) -> None:
     (sent,) = kubeflow.created
     assert sent["runtime_config"]["parameters"] == {"sft_settings": {"max_steps": 5}, "gpus": "8"}
     assert sent["service_account"] == "sapo-runner"
-    spec, platform = yaml.safe_load_all((COMPILED / "sapo.yaml").read_text())
+    spec, platform = yaml.safe_load_all((COMPILED / "tiny.yaml").read_text())
     assert sent["pipeline_spec"] == {"pipeline_spec": spec, "platform_spec": platform}
     assert kubeflow.tokens == {f"Bearer {TOKEN}"}
     assert TOKEN not in out + json.dumps(sent)
@@ -175,12 +175,12 @@ def test_time_out_fails_and_leaves_the_run(submit: Cli, kubeflow: KubeflowPipeli
 def test_the_same_key_finds_the_run(submit: Cli, kubeflow: KubeflowPipelines) -> None:
     first, second = (submit("--key", "ci-7", "--set", "gpus=8") for _ in range(2))
     assert [code for code, _, _ in (first, second)] == [0, 0]
-    assert first[1].startswith("started sapo-ci-7: ") and second[1].startswith("found sapo-ci-7: ")
+    assert first[1].startswith("started tiny-ci-7: ") and second[1].startswith("found tiny-ci-7: ")
     assert len(kubeflow.created) == 1
     code, _, err = submit("--key", "ci-7", "--set", "gpus=4")
     assert (code, len(kubeflow.created)) == (1, 1)
     assert "run key ci-7 is taken by a run with other arguments" in err
-    assert submit("--key", "ci-8")[1].startswith("started sapo-ci-8")
+    assert submit("--key", "ci-8")[1].startswith("started tiny-ci-8")
 
 
 def test_a_cookie_instead_of_a_token(submit: Cli, kubeflow: KubeflowPipelines, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,13 +198,13 @@ def test_a_lost_answer_does_not_start_a_second_run(submit: Cli, kubeflow: Kubefl
     kubeflow.lose_answer = True
     code, out, err = submit("--key", "k", "--wait")
     assert (code, err, len(kubeflow.created)) == (0, "", 1)
-    assert out.startswith("started sapo-k: ")
+    assert out.startswith("started tiny-k: ")
 
 
 def test_unreachable_is_told(run_cli: Cli, kubeflow: KubeflowPipelines) -> None:
     closed = KubeflowPipelines()
     closed.server.server_close()
-    code, out, err = run_cli("submit", "sapo", "--endpoint", closed.url, "--namespace", "n")
+    code, out, err = run_cli("submit", "tiny", "--endpoint", closed.url, "--namespace", "n")
     assert (code, out) == (1, "")
     assert err.startswith(f"pipelines: error: {closed.url} cannot be reached: ") and "Connection refused" in err
 
@@ -237,7 +237,7 @@ def test_kfps_own_command_line_as_the_readme_uses_it(kubeflow: KubeflowPipelines
     kubeflow.states = [{"state": "RUNNING"}, {"state": "FAILED"}]
     create = ["run", "create", "--experiment-name", "sapo", "--run-name", "tiny", "--package-file"]
     values = [
-        str(COMPILED / "comparison.yaml"),
+        str(COMPILED / "tiny.yaml"),
         "--timeout",
         "60",
         'gpus="8"',
@@ -268,7 +268,8 @@ def test_the_workflow_uses_flags_that_exist(run_cli: Cli, capsys: pytest.Capture
     workflow = yaml.safe_load((COMPILED.parents[1] / ".github" / "workflows" / "submit.yaml").read_text())
     script = workflow["jobs"]["submit"]["steps"][-1]["run"]
     flags = set(re.findall(r"--\w+", script))
-    assert flags >= {"--run", "--endpoint", "--key", "--wait"}
+    assert flags >= {"--endpoint", "--key", "--wait"}
+    assert script.startswith('python -m pipelines submit "$RUN" ')
     with pytest.raises(SystemExit):
         run_cli("submit", "--help")
     assert flags <= set(re.findall(r"--\w+", capsys.readouterr().out))

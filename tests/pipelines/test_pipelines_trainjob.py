@@ -13,7 +13,7 @@ from pipelines.cluster import GRACE_SECONDS, SENDING_SECONDS
 from pipelines.package import read_package
 
 REPOSITORY = Path(__file__).parents[2]
-RUN = REPOSITORY / "pipelines" / "runs" / "llama3-8b.yaml"
+COMPILED = REPOSITORY / "pipelines" / "compiled" / "tiny.yaml"
 PLACES = ["--data", "s3://b/data", "--model", "s3://b/sft", "--output", "s3://b/out"]
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -27,7 +27,7 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def test_every_field_is_one_of_the_api(run_cli: Cli) -> None:
-    code, out, err = run_cli("trainjob", "comparison", "--run", RUN, "--method", "sapo-dpo", "--nodes", 4, *PLACES)
+    code, out, err = run_cli("trainjob", "llama3-8b", "--method", "sapo-dpo", "--nodes", 4, *PLACES)
     assert (code, err) == (0, "")
     job = yaml.safe_load(out)
     # The models drop fields they do not know and refuse wrong types: what comes back is what the API would keep.
@@ -42,7 +42,7 @@ def test_every_field_is_one_of_the_api(run_cli: Cli) -> None:
     assert trainer["command"] == ["torchrun", "-m", "components.sapo"]
     patch = job["spec"]["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"][0]
     assert patch["template"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == GRACE_SECONDS
-    stage = read_package("comparison").spec["deploymentSpec"]["executors"]["exec-train"]["container"]
+    stage = read_package(COMPILED).spec["deploymentSpec"]["executors"]["exec-train-sapo-dpo"]["container"]
     assert trainer["image"] == stage["image"]
 
 
@@ -52,24 +52,24 @@ def test_its_arguments_are_ones_that_the_stage_takes(run_cli: Cli) -> None:
     from components.common.training.resume import ResumableStageConfig
     from components.sapo.config import SAPOConfig
 
-    setting = ["--set", "methods=[{name: a, stage: sapo, start: sft, recipe: tiny-dpo, settings: {beta: 0.5}}]"]
-    code, out, err = run_cli("trainjob", "comparison", *setting, "--method", "a", "--nodes", 2, *PLACES)
+    setting = ["--set", "train_sapo_dpo_settings.beta=0.5"]
+    code, out, err = run_cli("trainjob", "tiny", *setting, "--method", "sapo-dpo", "--nodes", 2, *PLACES)
     assert (code, err) == (0, "")
     arguments = yaml.safe_load(out)["spec"]["trainer"]["args"]
     extra = ["--use_cpu", "true", "--bf16", "false", "--report_to", "none"]
     stage, config = ConfigParser("sapo", [ResumableStageConfig, SAPOConfig], hidden=HIDDEN).parse([*arguments, *extra])
-    assert (stage.name, stage.model, stage.output, config.beta) == ("a", "s3://b/sft", "s3://b/out", 0.5)
+    assert (stage.name, stage.model, stage.output, config.beta) == ("sapo-dpo", "s3://b/sft", "s3://b/out", 0.5)
     assert stage.grace_seconds == SENDING_SECONDS
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["comparison", "--method", "x", "--nodes", 2, *PLACES], "--method x: the run has sapo-dpo, sapo-orpo"),
-        (["sapo", "--method", "x", "--nodes", 2, *PLACES], "pipeline sapo has no list of methods"),
-        (["comparison", "--method", "dpo", "--nodes", 0, *PLACES], "--nodes 0: must be 1 or more"),
+        (["tiny", "--method", "x", "--nodes", 2, *PLACES], "--method x: the run has sapo-dpo, sapo-orpo"),
+        ([COMPILED, "--method", "x", "--nodes", 2, *PLACES], "tiny.yaml is compiled; give the run file"),
+        (["tiny", "--method", "dpo", "--nodes", 0, *PLACES], "--nodes 0: must be 1 or more"),
         (
-            ["comparison", "--method", "dpo", "--nodes", 2, *PLACES[:4], "--output", "out"],
+            ["tiny", "--method", "dpo", "--nodes", 2, *PLACES[:4], "--output", "out"],
             "--output out: nodes share no",
         ),
     ],

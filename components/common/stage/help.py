@@ -37,6 +37,7 @@ def help_text(
     ]
     lines += ["", "  --config RECIPE", "      A YAML file, or the name of a recipe that ships with the stage:"]
     lines += [f"      {', '.join(recipe_names(stage)) or '(none)'}."]
+    lines += ["      A file may begin with `extends: RECIPE`, and then says only what differs."]
     lines += ["  --settings JSON", "      A mapping of settings laid over the recipe; flags win over it."]
     for title, entries in own.items():
         lines += ["", f"{title}:", *entries]

@@ -23,7 +23,7 @@ from components.common.stage import session
 from components.common.stage.config import REQUIRED, Resumption, StageConfig
 from components.common.stage.help import help_text, type_name
 from components.common.stage.inputs import without_buckets
-from components.common.stage.recipes import find_recipe, read_yaml_mapping
+from components.common.stage.recipes import recipe_layers
 
 
 class ConfigParser:
@@ -93,8 +93,8 @@ class ConfigParser:
         config_file, settings = given.pop("config"), given.pop("settings")
         values: dict[str, Any] = {}
         if config_file:
-            path = find_recipe(self.stage, config_file)
-            values |= self._checked(read_yaml_mapping(path), where=str(path))
+            for path, recipe in recipe_layers(self.stage, config_file):
+                values |= self._checked(recipe, where=str(path))
         if settings and settings.strip():
             values |= self._checked(_json_mapping(settings), where="--settings")
         values |= self._checked({k: self._flag_value(k, v) for k, v in given.items()}, where="command line")

@@ -5,7 +5,6 @@ It also keeps a stage from running twice: a complete output of the same inputs a
 
 import contextlib
 import importlib.metadata
-import json
 import logging
 import os
 import shutil
@@ -22,7 +21,7 @@ from components.common.core.errors import TERMINATED, UserError
 from components.common.core.identity import OUTPUTS, Role, refuse_other_run
 from components.common.stage.config import Resumption, StageConfig
 from components.common.stage.inputs import contents, is_remote, mapped
-from components.common.stage.kfp import bucket_of, publish
+from components.common.stage.kfp import bucket_of, publish, published
 from components.common.storage import manifest
 from components.common.storage.lease import Lease
 from components.common.storage.locations import cache_directory
@@ -327,7 +326,7 @@ class Session:
             if "output" not in self.sent:
                 self.mirror.keep_newest()
         files = manifest.describe(output, [path for _, path in self.unneeded])
-        made = manifest.make(files, **self.run, published=self._published())
+        made = manifest.make(files, **self.run, published=published(self.config.executor_input))
         manifest.write(output, made)
         self._send(made)
         for remove, _ in self.unneeded:
@@ -352,17 +351,6 @@ class Session:
         logger.info("sent %d files to %s", len(content["files"]), uri)
         for _, sent in self.sent.values():
             shutil.rmtree(sent, ignore_errors=True) if sent.is_dir() else sent.unlink(missing_ok=True)
-
-    def _published(self) -> dict[str, Any]:
-        """What the stage told KFP, so that a run that is done already can tell it again."""
-        if not (text := self.config.executor_input):
-            return {}
-        try:
-            file = Path(json.loads(text)["outputs"]["outputFile"])
-            listed = json.loads(file.read_text(encoding="utf-8"))["artifacts"]
-        except (OSError, ValueError, KeyError):
-            return {}
-        return {name: entry["artifacts"][0].get("metadata", {}) for name, entry in listed.items()}
 
     def stop(self, code: Any) -> None:
         """The stage did not get through; its last checkpoint is sent first, within the grace period."""

@@ -1,6 +1,6 @@
 """What `helm test` runs: are the secrets there, does the store take writes, does KFP answer and have the pipelines?
 
-    python3 check.py --endpoint http://ml-pipeline.kubeflow:8888 --bucket mlpipeline --pipelines comparison,sapo
+    python3 check.py --endpoint http://ml-pipeline.kubeflow:8888 --bucket mlpipeline --pipelines tiny,smollm2
 
 Secrets and the store's address come from the environment, as in a stage's pod, and are never printed.
 Exit codes: 0 all checks passed; 1 at least one did not.

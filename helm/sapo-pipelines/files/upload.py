@@ -139,12 +139,17 @@ def _reason(body: bytes) -> str:
 
 
 def name_and_description(package: str) -> tuple[str, str]:
-    """What a package calls itself, from the comment with which kfp opens it. Raises ValueError if there is none."""
+    """What a package calls itself, from the comment with which kfp opens it. Raises ValueError if there is none.
+
+    The description begins with the title, because the UI's list of pipelines has no column for it.
+    """
     name = re.search(r"^# Name: (\S+)$", package, re.M)
     if not package.startswith("# PIPELINE DEFINITION") or name is None:
         raise ValueError("not a package that `python -m pipelines compile` wrote")
     about = re.search(r"^# Description: (.*(?:\n# {3,}.*)*)", package, re.M)
-    return name[1], " ".join(about[1].replace("\n#", " ").split()) if about else ""
+    title = re.search(r"^  displayName: (['\"]?)(.+)\1$", package, re.M)
+    described = " ".join(about[1].replace("\n#", " ").split()) if about else ""
+    return name[1], f"{title[2]}. {described}".replace("''", "'") if title else described
 
 
 def upload(api: Api, package: bytes, release: str, namespace: str = "") -> str:

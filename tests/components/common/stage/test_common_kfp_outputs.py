@@ -5,7 +5,7 @@ import json
 import pytest
 
 from components.common.core.errors import UserError
-from components.common.stage.kfp import bucket_of, publish
+from components.common.stage.kfp import bucket_of, publish, published
 
 
 def test_artifacts_are_listed_with_metadata(tmp_path):
@@ -22,7 +22,17 @@ def test_outside_kfp_nothing_happens():
     publish(None, {"metrics": {"loss": 0.5}})
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"inputs": {}}'])
+def test_what_was_published_can_be_read_again(tmp_path):
+    outputs = {"outputFile": str(tmp_path / "output.json"), "artifacts": {"metrics": {"artifacts": [{"uri": "/x"}]}}}
+    text = json.dumps({"outputs": outputs})
+    assert published(text) == {}
+    publish(text, {"metrics": {"loss": 0.5}})
+    assert published(text) == {"metrics": {"loss": 0.5}}
+    assert published(None) == published("{") == {}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"inputs": {}}', '{"outputs": []}', '{"outputs": {}}',
+                                  '{"outputs": {"outputFile": "f", "artifacts": {"a": {"artifacts": []}}}}'])  # fmt: skip
 def test_what_is_no_executor_input_is_refused(text):
     with pytest.raises(UserError, match="not an executor input of Kubeflow Pipelines"):
         publish(text)

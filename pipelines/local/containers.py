@@ -1,7 +1,6 @@
 """Runs the tasks of a local run in containers, on Docker or Podman, with kfp.local's DockerRunner.
 
-DockerRunner lets the engine remove a container when it ends, so an exit code that comes too late reads as success
-(kubeflow/pipelines#13332). So its `run_docker_container` is replaced: started detached, followed, waited for, removed.
+DockerRunner's own way to run one is replaced (`kfp_patches.container_patch`): started detached, followed, waited for, removed.
 
 A container has a read-only root file system with a tmpfs at /tmp, no capabilities, the network of the host (a store on
 localhost is the same store), and sees of the host's files, each at the path it has here:
@@ -25,11 +24,11 @@ from docker.client import DockerClient
 from docker.errors import DockerException, ImageNotFound
 from docker.types import DeviceRequest, Mount
 from kfp import local
-from kfp.local import docker_task_handler
 from requests.exceptions import RequestException
 
 from components.common.core.errors import UserError
-from pipelines.local import STAGE_ENVIRONMENT, CannotStartError, LocalRun
+from pipelines.local.kfp_patches import Patch, container_patch
+from pipelines.local.runner import STAGE_ENVIRONMENT, CannotStartError, LocalRun
 
 IMAGE_USER = 1000  # of docker/Dockerfile
 # Variables with these beginnings reach the stages: credentials, endpoints, mirrors, proxies, trackers, threads.
@@ -81,13 +80,11 @@ class Containers:
             device_requests=[DeviceRequest(count=-1, capabilities=[["gpu"]])] if has_gpus else [],
         )
 
-    def hook(self, run: LocalRun) -> tuple[Any, str, Any]:
-        """The name of kfp that stands for running one container, and what replaces it."""
-
+    def patch(self, run: LocalRun) -> Patch:
         def run_container(client: Any, image: str, command: list[str], volumes: Any, **options: Any) -> int:
             return run.run_task(lambda: _Container(run, client, image, command, volumes=volumes, **options))
 
-        return docker_task_handler, "run_docker_container", run_container
+        return container_patch(run_container)
 
     def _user(self, written: list[Path]) -> str:
         """Whose files the stages write: the caller's. For root it is the images' user, who is given the directories."""

@@ -1,0 +1,1 @@
+"""Runs of a package on this machine, without a cluster."""
