@@ -89,8 +89,8 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, weight, scale = ctx.saved_tensors
         if gpu_fusion.is_wanted(x):
-            d_x, d_weight = _norm_backward(x, weight, scale, gradients[0])
-            return d_x, d_weight if ctx.needs_input_grad[1] else None, None, None
+            of_x, of_weight = _norm_backward(x, weight, scale, gradients[0])
+            return of_x, of_weight if ctx.needs_input_grad[1] else None, None, None
         normed, gradient = x.float() * scale, gradients[0].float()
         product = gradient * normed
         d_weight = product.flatten(0, -2).sum(dim=0).to(weight.dtype) if ctx.needs_input_grad[1] else None
