@@ -31,6 +31,7 @@ from benchmarks.gpu.record import Case, Context  # noqa: E402
 # In order of importance; the seconds are what a case may take on an H100, compilation included.
 CASES = [
     Case("fast", "limits", 10, there.limits),
+    Case("right", "fused", 30, right.fused),
     Case("right", "packed_llama", 50, right.packed_llama),
     Case("fast", "attention_alone", 40, fast.attention_alone),
     Case("fast", "dpo_1b", 45, fast.dpo_1b),

@@ -20,7 +20,7 @@ from benchmarks.gpu.shapes import batch_of, random_model
 from benchmarks.gpu.timing import graphs
 from benchmarks.gpu.trainer import make_trainer
 from benchmarks.preference import mean_loss
-from components.common.kernels import gpu_attention, pair_attention
+from components.common.kernels import gpu_attention, gpu_fusion, lean_layers, pair_attention, vocabulary_head
 from components.common.kernels.pair_logps import response_logps, shared_prefix_attention
 from components.common.kernels.pair_packing import PairIds
 from components.common.kernels.vocabulary_head import chunked_logps, token_logps
@@ -156,6 +156,36 @@ def packed(context: Context, family: str, dtype: torch.dtype) -> None:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def fused(context: Context) -> None:
+    """What is compiled into one kernel, against its operations one by one; where it fails, what follows does without."""
+    functions: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+    torch.manual_seed(0)
+    tokens, size = (40, 64) if context.tiny else (3000, 2048)
+    x, gate, up = torch.randn(3, 1, tokens, size, device=context.device).unbind()
+    weight, scale = torch.rand(size, device=context.device), torch.rand(1, tokens, 1, device=context.device)
+    lse, gradient = torch.full((tokens, 1), 9.0, device=context.device), torch.randn(tokens, 1, device=context.device)
+    targets = torch.randint(-size, 2 * size, (tokens, 1), device=context.device)
+    functions["norm"] = lean_layers._norm_forward, (x, weight, 1e-6, torch.bfloat16)
+    functions["norm backward"] = lean_layers._norm_backward, (x, weight, scale, gate)
+    functions["gated MLP"] = lean_layers._gated, (gate.bfloat16(), up.bfloat16())
+    functions["gated MLP backward"] = lean_layers._gated_backward, (gate.bfloat16(), up.bfloat16(), x.bfloat16())
+    functions["log-sum-exp"] = vocabulary_head._lse, (x[0].bfloat16(),)
+    functions["gradient of logits"] = vocabulary_head._d_logits, (x[0].bfloat16(), lse, gradient, targets)
+    gpu_fusion.ENABLED = context.on_gpu  # a CPU never calls them, and its compiler takes long
+    try:
+        for name, (function, arguments) in functions.items():
+            with torch.no_grad():
+                start = time.perf_counter()
+                ours, plain = function(*arguments), function.__wrapped__(*arguments)
+                seconds = time.perf_counter() - start
+            pairs = list(zip(ours, plain, strict=True)) if isinstance(ours, tuple) else [(ours, plain)]
+            error = max(away(a, b) for a, b in pairs)
+            context.add("right", "one kernel = its operations", name, error < 0.01, error=error, first_s=seconds)
+    except Exception:
+        gpu_fusion.ENABLED = False
+        raise
 
 
 def packed_llama(context: Context) -> None:

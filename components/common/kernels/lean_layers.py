@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from components.common.kernels import gpu_fusion
 from components.common.kernels.cpu import onednn
 
 
@@ -75,6 +76,10 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
         """(..., size), (size,) -> (..., size) in `dtype`, computed in float32."""
+        if gpu_fusion.is_wanted(x):
+            result, scale = _norm_forward(x, weight, epsilon, dtype)
+            ctx.save_for_backward(x, weight, scale)
+            return result
         wide = x.float()
         scale = wide.square().mean(dim=-1, keepdim=True).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
@@ -83,12 +88,32 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, weight, scale = ctx.saved_tensors
+        if gpu_fusion.is_wanted(x):
+            of_x, of_weight = _norm_backward(x, weight, scale, gradients[0])
+            return of_x, of_weight if ctx.needs_input_grad[1] else None, None, None
         normed, gradient = x.float() * scale, gradients[0].float()
         product = gradient * normed
         d_weight = product.flatten(0, -2).sum(dim=0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         slope = product.mul_(weight).mean(dim=-1, keepdim=True)
         d_x = (gradient * weight).sub_(normed.mul_(slope)).mul_(scale)
         return d_x.to(x.dtype), d_weight, None, None
+
+
+@gpu_fusion.one_kernel_of_rows
+def _norm_forward(x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The norm in `dtype`, and 1 / rms of each token, (..., 1), float32."""
+    wide = x.float()
+    scale = (wide.square().mean(dim=-1, keepdim=True) + epsilon).rsqrt()
+    return (wide * scale * weight).to(dtype), scale
+
+
+@gpu_fusion.one_kernel_of_rows
+def _norm_backward(x: Tensor, weight: Tensor, scale: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    normed, gradient = x.float() * scale, gradient.float()
+    product = gradient * normed
+    d_weight = product.flatten(0, -2).sum(dim=0).to(weight.dtype)
+    slope = (product * weight).mean(dim=-1, keepdim=True)
+    return ((gradient * weight - normed * slope) * scale).to(x.dtype), d_weight
 
 
 def _is_plain_linear(linear: Any) -> bool:
@@ -146,11 +171,19 @@ class _GatedDown(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
         """(..., inner), (..., inner), (size, inner) -> (..., size) in the type of `gate`."""
         ctx.save_for_backward(gate, up, weight)
+        if gpu_fusion.is_wanted(gate):
+            return F.linear(_gated(gate, up), weight.to(gate.dtype))
         return onednn.linear(F.silu(gate).mul_(up), weight.to(gate.dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         gate, up, weight = ctx.saved_tensors
+        if gpu_fusion.is_wanted(gate):
+            d_gate, d_up, product = _gated_backward(gradients[0] @ weight.to(gate.dtype), gate, up)
+            d_weight = None
+            if ctx.needs_input_grad[2]:
+                d_weight = (gradients[0].flatten(0, -2).t() @ product.flatten(0, -2)).to(weight.dtype)
+            return d_gate, d_up, d_weight
         d_product, active = onednn.linear(gradients[0], weight.to(gate.dtype).t()), F.silu(gate)
         d_gate = torch.ops.aten.silu_backward(d_product * up, gate)
         d_weight = None
@@ -158,3 +191,15 @@ class _GatedDown(torch.autograd.Function):
             product = (active * up).flatten(0, -2)
             d_weight = (gradients[0].flatten(0, -2).t() @ product).to(weight.dtype)
         return d_gate, d_product.mul_(active), d_weight
+
+
+@gpu_fusion.one_kernel_of_rows
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+@gpu_fusion.one_kernel_of_rows
+def _gated_backward(d_product: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `gate` and `up`, and their product again, of which the weight's gradient is made."""
+    active = F.silu(gate)
+    return torch.ops.aten.silu_backward(d_product * up, gate), d_product * active, active * up

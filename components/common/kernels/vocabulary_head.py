@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from components.common.kernels import gpu_fusion
 from components.common.kernels.replaced_forward import forward_replaced
 
 # Logits that exist at once: so many that they stay in a CPU's cache, or keep a GPU busy. A block of the vocabulary is at least
@@ -21,6 +22,7 @@ from components.common.kernels.replaced_forward import forward_replaced
 LOGITS, LOGITS_ON_GPU, NARROWEST = 2**20, 2**25, 1024
 
 
+ALIGNED = 256  # of a block on a GPU, whose products of rows that begin at odd addresses are slow
 CHUNK = 256  # response tokens that go through a head that is not a plain linear layer together
 
 
@@ -66,7 +68,11 @@ class _FusedLogps(torch.autograd.Function):
         for block in _vocabulary_blocks(hidden, weight):
             logits = _block_logits(hidden, weight[block])
             columns, inside = _targets_within(block, targets)
-            chosen = torch.where(inside, logits.gather(1, columns), chosen)
+            chosen = torch.where(inside, logits.gather(1, columns).float(), chosen)
+            if gpu_fusion.is_wanted(hidden):
+                lses.append(_lse(logits))
+                continue
+            logits = logits.float()
             highest = logits.amax(dim=1, keepdim=True)
             lses.append(logits.sub_(highest).exp_().sum(dim=1).log_().add_(highest.squeeze(1)))
         lse = torch.stack(lses).logsumexp(dim=0)
@@ -80,11 +86,15 @@ class _FusedLogps(torch.autograd.Function):
         d_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         for block in _vocabulary_blocks(hidden, weight):
-            d_logits = _block_logits(hidden, weight[block]).sub_(lse.unsqueeze(1)).exp_().mul_(-gradient)
-            columns, inside = _targets_within(block, targets)
-            of_targets = d_logits.gather(1, columns)
-            d_logits.scatter_(1, columns, torch.where(inside, of_targets + gradient, of_targets))
-            d_logits = d_logits.to(hidden.dtype)
+            if gpu_fusion.is_wanted(hidden):
+                logits = _block_logits(hidden, weight[block])
+                d_logits = _d_logits(logits, lse.unsqueeze(1), gradient, targets.unsqueeze(1) - block.start)
+            else:
+                d_logits = _block_logits(hidden, weight[block]).float().sub_(lse.unsqueeze(1)).exp_().mul_(-gradient)
+                columns, inside = _targets_within(block, targets)
+                of_targets = d_logits.gather(1, columns)
+                d_logits.scatter_(1, columns, torch.where(inside, of_targets + gradient, of_targets))
+                d_logits = d_logits.to(hidden.dtype)
             d_hidden += d_logits @ weight[block].to(hidden.dtype)
             if d_weight is not None:
                 d_weight[block] = d_logits.t() @ hidden
@@ -94,7 +104,10 @@ class _FusedLogps(torch.autograd.Function):
 def block_width(tokens: int, vocabulary: int, on_gpu: bool) -> int:
     """Entries of the vocabulary whose logits exist at once for `tokens` tokens."""
     limit = LOGITS_ON_GPU if on_gpu else LOGITS
-    return min(max(limit // max(tokens, 1), NARROWEST), vocabulary)
+    width = max(limit // max(tokens, 1), NARROWEST)
+    if on_gpu:
+        width -= width % ALIGNED
+    return min(width, vocabulary)
 
 
 def _vocabulary_blocks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
@@ -103,8 +116,30 @@ def _vocabulary_blocks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
 
 
 def _block_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """(tokens, size), (block, size) -> (tokens, block), float32, multiplied in the type of `hidden`."""
-    return (hidden @ weight.to(hidden.dtype).t()).float()
+    """(tokens, size), (block, size) -> (tokens, block), in the type of `hidden`."""
+    return hidden @ weight.to(hidden.dtype).t()
+
+
+@gpu_fusion.one_kernel
+def _lse(logits: Tensor) -> Tensor:
+    """(tokens, block), any type -> its log-sum-exp, (tokens,), float32."""
+    wide = logits.float()
+    highest = wide.amax(dim=1, keepdim=True)
+    return ((wide - highest).exp().sum(dim=1, keepdim=True).log() + highest).squeeze(1)
+
+
+@gpu_fusion.one_kernel
+def _d_logits(logits: Tensor, lse: Tensor, gradient: Tensor, columns: Tensor) -> Tensor:
+    """g (onehot(target) - p) in the type of the logits.
+
+    Args:
+        logits: (tokens, block).
+        lse: of the whole vocabulary, (tokens, 1), float32; `gradient` likewise.
+        columns: of each target, counted from the block's first entry, (tokens, 1); it may lie outside.
+    """
+    p = (logits.float() - lse).exp()
+    is_target = torch.arange(logits.shape[1], device=logits.device) == columns
+    return (gradient * torch.where(is_target, 1 - p, -p)).to(logits.dtype)
 
 
 def _targets_within(block: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
