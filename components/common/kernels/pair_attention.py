@@ -24,8 +24,9 @@ from components.common.kernels.pair_spans import Span, segments, sight
 SHARED_PREFIX = "sapo_shared_prefix"
 QUERIES = 128  # most queries of a block; fewer if they had more scores than
 SCORES = 2**20
-# What attends on a GPU in 16 bits; in float32 it is always `flex`.
-ON_GPU: gpu_attention.Kernel = "flex"
+# What attends on a GPU in 16 bits, where it is installed: on an H100 `varlen` takes 0.56 to 0.7 of the time of `flex`. In float32
+# it is always `flex`.
+ON_GPU: gpu_attention.Kernel = "varlen"
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def attend_pairs(
 def _attend_on_gpu(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, layout: PairLayout, window: int | None
 ) -> Tensor:
-    if ON_GPU == "varlen" and query.dtype.itemsize == 2:
+    if ON_GPU == "varlen" and query.dtype.itemsize == 2 and gpu_attention.installed_varlen() is not None:
         return gpu_attention.attend_varlen(query, key, value, layout.segments(query.device), scaling, window)
     return gpu_attention.attend_flex(query, key, value, layout.block_mask(window, query.device), scaling)
 
