@@ -24,6 +24,7 @@ from components.common.kernels import gpu_attention, gpu_fusion, lean_layers, pa
 from components.common.kernels.pair_logps import response_logps, shared_prefix_attention
 from components.common.kernels.pair_packing import PairIds
 from components.common.kernels.vocabulary_head import chunked_logps, token_logps
+from components.common.training.stop import StopCallback, StopRequest
 from components.sapo.ema import EMA
 
 MEDIUM = {
@@ -295,11 +296,13 @@ def _repeated(context: Context, directory: Path) -> None:
         options = {"max_steps": steps, "save_strategy": "steps", "save_steps": steps, "logging_steps": 2}
         trainer = make_trainer(context, copy.deepcopy(base), directory / name, segment=32, pairs=2, rows=8, **options)
         trainer.remove_callback(PrinterCallback)
+        request = StopRequest()
+        trainer.add_callback(StopCallback(request))
         after_step = trainer.after_step
 
         def count() -> None:
             after_step()
-            trainer.stop_requested = trainer.state.global_step == stop
+            request.requested = trainer.state.global_step == stop
 
         trainer.after_step = count  # type: ignore[method-assign]
         trainer.train(resume_from_checkpoint=resume or None)

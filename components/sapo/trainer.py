@@ -33,7 +33,7 @@ from components.common.generation.protocol import Sampler
 from components.common.models.chat_templates import EncodedRow, encode_rows
 from components.common.models.loading import load_tokenizer, stop_ids
 from components.common.training.clock import Clock
-from components.common.training.distributed.processes import all_reduce_sum, gather, is_main_process
+from components.common.training.distributed.processes import gather, is_main_process
 from components.sapo import sampling
 from components.sapo.checkpoint import Stateful
 from components.sapo.config import SAPOConfig
@@ -80,7 +80,6 @@ class SAPOTrainer(ResumableTrainer):
         sampling: the sampling stage.
         held_out: held-out pairs; None without held-out rows.
         metrics: what the next log entry has.
-        stop_requested: set it (from a signal handler) to save after the current step and stop.
     """
 
     args: SAPOConfig
@@ -120,7 +119,6 @@ class SAPOTrainer(ResumableTrainer):
             callbacks=[_EachStep(self), *(callbacks or [])],
         )
         self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs; Trainer divides by the accumulation
-        self.stop_requested = False
         self.clock = clock or Clock()
 
         self._make_collaborators(model, processing_class, sampler)
@@ -370,9 +368,6 @@ class _EachStep(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.after_step()
-        if all_reduce_sum(int(self.trainer.stop_requested), args.device):
-            self.trainer.stop_requested = True
-            control.should_save = control.should_training_stop = True
 
 
 def _tokenised(

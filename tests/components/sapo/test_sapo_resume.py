@@ -8,6 +8,7 @@ import torch
 
 from components.common.core.conversations import read_rows
 from components.common.core.errors import UserError
+from components.common.training.stop import StopCallback, StopRequest
 from components.sapo.checkpoint import complete_checkpoints
 from components.sapo.config import SAPOConfig
 from components.sapo.trainer import SAPOTrainer
@@ -47,11 +48,13 @@ def build(micro_model, chat_data):
 
 
 def stop_after(trainer: SAPOTrainer, step: int) -> None:
+    request = StopRequest()
+    trainer.add_callback(StopCallback(request))
     after_step = trainer.after_step
 
     def count() -> None:
         after_step()
-        trainer.stop_requested = trainer.state.global_step == step
+        request.requested = trainer.state.global_step == step
 
     trainer.after_step = count  # type: ignore[method-assign]
 

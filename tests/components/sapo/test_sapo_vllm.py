@@ -13,6 +13,7 @@ from components.common.generation.hf import HFSampler
 from components.common.generation.protocol import SamplingSettings
 from components.common.generation.vllm import WrongWeights
 from components.common.models.loading import load_tokenizer
+from components.common.training.stop import StopCallback, StopRequest
 from components.sapo.config import SAPOConfig
 from components.sapo.schedule import Sync
 from components.sapo.trainer import SAPOTrainer
@@ -93,11 +94,12 @@ def test_overlap_resumes_to_the_same_weights(trainer, tmp_path):
     whole = trainer(tmp_path / "whole", schedule="overlap")
     whole.train()
     cut = trainer(tmp_path / "cut", schedule="overlap", save_strategy="steps", save_steps=4)
-    after_step = cut.after_step
+    request, after_step = StopRequest(), cut.after_step
+    cut.add_callback(StopCallback(request))
 
     def stop_at_four():
         after_step()
-        cut.stop_requested = cut.state.global_step == 4
+        request.requested = cut.state.global_step == 4
 
     cut.after_step = stop_at_four
     cut.train()
