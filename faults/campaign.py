@@ -70,7 +70,8 @@ class Campaign:
     """
 
     def __init__(self, directory: Path, seed: int) -> None:
-        self.directory, self.random = directory, random.Random(seed)
+        self.directory = directory
+        self.random = random.Random(seed)
         self.store = Store(directory / "store")
         self.proxy = FaultProxy(self.store.endpoint, seed)
         self.count = 0
@@ -307,7 +308,8 @@ class Run:
     """One output, and the disk of the pod that makes it."""
 
     def __init__(self, campaign: Campaign, name: str, disk: Path | None = None) -> None:
-        self.campaign, self.name = campaign, name
+        self.campaign = campaign
+        self.name = name
         self.uri = campaign.uri(name)
         self.disk = disk or campaign.directory / name
         self.disk.mkdir(exist_ok=True)
@@ -365,7 +367,8 @@ class small_disk:  # noqa: N801
     """A directory that holds so many KiB and no more: a tmpfs (needs root), else the block is not run."""
 
     def __init__(self, directory: Path, kib: int) -> None:
-        self.directory, self.kib = directory, kib
+        self.directory = directory
+        self.kib = kib
 
     def __enter__(self) -> None:
         command = ["mount", "-t", "tmpfs", "-o", f"size={self.kib}k", "tmpfs", str(self.directory)]

@@ -43,7 +43,9 @@ class FaultProxy:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def spoil(self, share: float, *kinds: str, only: str = "") -> None:
-        self.share, self.kinds, self.only = share, kinds or KINDS, only
+        self.share = share
+        self.kinds = kinds or KINDS
+        self.only = only
 
     def next_fault(self, path: str = "") -> str:
         """What happens to the next request; "" for nothing."""

@@ -125,7 +125,9 @@ class Learner:
     """A model with its optimizer, and one step on pairs, as SAPOTrainer does it: reference log-probs are given."""
 
     def __init__(self, context: Context, model: PreTrainedModel, loss: str) -> None:
-        self.context, self.model, self.loss = context, model.train(), loss
+        self.context = context
+        self.model = model.train()
+        self.loss = loss
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.RMSprop(self.trained, lr=LR, foreach=True)
 

@@ -32,7 +32,10 @@ class Namespace:
     """The Kubernetes API, seen from a namespace."""
 
     def __init__(self, url: str, name: str, token: str, context: ssl.SSLContext | None = None) -> None:
-        self.url, self.name, self._token, self._context = url, name, token, context
+        self.url = url
+        self.name = name
+        self._token = token
+        self._context = context
 
     def get(self, path: str) -> dict[str, Any]:
         """The object at a path; `{}` in it is the namespace. Raises RefusedError."""

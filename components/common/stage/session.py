@@ -125,7 +125,10 @@ class Session:
             UserError: a location cannot be used, or the output is another run's.
             SystemExit: with 0, the output is complete already.
         """
-        self.values, self.config, self.roles, self.resumption = values, configs[0], roles, resumption
+        self.values = values
+        self.config = configs[0]
+        self.roles = roles
+        self.resumption = resumption
         self._check_settings()
         outputs = {name: values[name] for name in self._output_names() if is_remote(values.get(name))}
         self._check_outputs(outputs)

@@ -33,7 +33,9 @@ class Lease:
     """
 
     def __init__(self, place: Location, run: dict[str, Any], seconds: float) -> None:
-        self.place, self.run, self.seconds = place, run, seconds
+        self.place = place
+        self.run = run
+        self.seconds = seconds
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self.etag = ""
         self.lost = threading.Event()

@@ -136,11 +136,18 @@ class Mirror:
         bandwidth: float | None,
         check: Callable[[], None],
     ) -> None:
-        self.checkpoints, self.place, self.scratch, self.log = checkpoints, place, scratch, log
-        self.marker, self.keep, self.bandwidth, self.check = marker, keep, bandwidth, check
+        self.checkpoints = checkpoints
+        self.place = place
+        self.scratch = scratch
+        self.log = log
+        self.marker = marker
+        self.keep = keep
+        self.bandwidth = bandwidth
+        self.check = check
         shutil.rmtree(scratch, ignore_errors=True)
         self.uploaded = max(mirrored(place), default=-1)
-        self._stop, self._cancelled = threading.Event(), threading.Event()
+        self._stop = threading.Event()
+        self._cancelled = threading.Event()
         self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
         self._thread.start()
 
@@ -258,7 +265,8 @@ class FolderMirror(Mirror):
         bandwidth: float | None,
         check: Callable[[], None],
     ) -> None:
-        self.output, self._next = output, 0.0
+        self.output = output
+        self._next = 0.0
         self._sent: dict[str, tuple[int, int]] = {}
         shutil.rmtree(snapshots, ignore_errors=True)  # of a process before; the output has gone further since
         super().__init__(snapshots, place, scratch, snapshots / "none", marker, keep, bandwidth, check)
@@ -280,7 +288,8 @@ class FolderMirror(Mirror):
         unfinished = self.checkpoints / "unfinished"
         shutil.copytree(self.output, unfinished)
         unfinished.rename(target)
-        self._sent, self._next = state, time.monotonic() + SECONDS_BETWEEN_COPIES
+        self._sent = state
+        self._next = time.monotonic() + SECONDS_BETWEEN_COPIES
 
     def cancel(self) -> None:
         super().cancel()

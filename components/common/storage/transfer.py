@@ -359,8 +359,10 @@ class _Arriving:
     """
 
     def __init__(self, path: Path, wanted: dict[str, Any]) -> None:
-        self.path, self.wanted = path, wanted
-        self.digest, self.size = hashlib.sha256(), 0
+        self.path = path
+        self.wanted = wanted
+        self.digest = hashlib.sha256()
+        self.size = 0
         self.file: IO[bytes] | None = None
 
     def write(self, data: bytes) -> None:

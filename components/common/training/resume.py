@@ -165,7 +165,8 @@ class RunRecord(TrainerCallback, ExportableState):
             return
         saved = _record(state.stateful_callbacks)
         self.clock.load_state_dict(saved["clock"])
-        self.loss_before, self.steps_before = saved["loss"], state.global_step
+        self.loss_before = saved["loss"]
+        self.steps_before = state.global_step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.clock.first_step()

@@ -87,7 +87,9 @@ class Generator:
         loaded: Callable[[], PreTrainedModel] | None = None,
         gpu_memory_utilization: float = 0.9,
     ) -> None:
-        self.model, self.settings, self.loaded = model, settings, loaded
+        self.model = model
+        self.settings = settings
+        self.loaded = loaded
         self.tokenizer = load_tokenizer(model)
         self.stop_ids = stop_ids(model, self.tokenizer) | template_stop_ids(self.tokenizer)
         self.journal = Journal(path)

@@ -63,7 +63,9 @@ class Judge:
     """
 
     def __init__(self, model: str, config: JudgedConfig, options: dict[str, Any]) -> None:
-        self.model, self.config, self.options = model, config, options
+        self.model = model
+        self.config = config
+        self.options = options
         self.client = openai.OpenAI(
             api_key=_key(config),
             base_url=config.judge_base_url or "https://api.openai.com/v1",

@@ -111,7 +111,9 @@ class _RoomyLayer(DynamicLayer):
 
     def __init__(self, keys: Tensor, values: Tensor, *, rows: int, length: int, room: int) -> None:
         super().__init__()
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self.dtype = keys.dtype
+        self.device = keys.device
+        self.is_initialized = True
         self._buffers = [like.new_zeros(rows, like.shape[1], room, like.shape[3]) for like in (keys, values)]
         self._grow_to(length)
 

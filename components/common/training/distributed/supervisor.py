@@ -60,7 +60,9 @@ class Ranks:
     """
 
     def __init__(self, logs: Path, received: list[int], patience: float) -> None:
-        self.logs, self.received, self.patience = logs, received, patience
+        self.logs = logs
+        self.received = received
+        self.patience = patience
         self.processes: list[subprocess.Popen[bytes]] = []
         self.failed: int | None = None  # the first rank that ended with anything but 0
         self.failed_at = 0.0
@@ -90,7 +92,8 @@ class Ranks:
                 self.send(signal.SIGKILL if handed_on else number)
                 handed_on += 1
             if self.failed is None and (failures := [i for i, p in enumerate(self.processes) if p.poll()]):
-                self.failed, self.failed_at = failures[0], time.monotonic()
+                self.failed = failures[0]
+                self.failed_at = time.monotonic()
             if self.failed is not None:
                 self._hurry(time.monotonic() - self.failed_at)
             time.sleep(SECONDS_BETWEEN_LOOKS)
