@@ -11,7 +11,13 @@ SECONDS = 300.0  # a run takes a few, on a busy machine ten times as many
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["faults.runner", "boto3", "components.sapo.__main__", "components.sapo.trainer", "components.sapo.plan"]
+    [
+        "faults.runner",
+        "boto3",
+        "components.sapo.__main__",
+        "components.sapo.trainer",
+        "components.sapo.planning.describe",
+    ]
 )
 
 

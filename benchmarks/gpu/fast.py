@@ -28,8 +28,8 @@ from components.common.kernels.pair_attention import PairLayout, attend_pairs
 from components.common.kernels.pair_logps import response_logps, shared_prefix_attention
 from components.common.kernels.pair_packing import PairIds
 from components.common.kernels.vocabulary_head import chunked_logps
-from components.sapo import memory
 from components.sapo.ema import EMA, copy_weights
+from components.sapo.planning.sizes import Adapter, Setup
 
 BF16 = torch.bfloat16
 LR = 1e-6
@@ -225,11 +225,11 @@ def _learner_case(
                 lambda pairs: work(pairs, "unshared"),
             )
             largest = max((batch_of(b, form, loss) for b in batches), key=lambda batch: batch.real_tokens())
-            setup = memory.Setup(
+            setup = Setup(
                 reference=False,
                 checkpointing=checkpointing,
                 sampler=None,
-                adapter=memory.Adapter(16) if adapter else None,
+                adapter=Adapter(16) if adapter else None,
             )
             batch = planned.micro_batch(largest)
             planned.compare(context, f"{loss.upper()} step, {setting}", model.config, batch, setup, peak, ("EMA",))
@@ -457,7 +457,7 @@ def iteration(context: Context) -> None:
 
 
 def _plan_iteration(context: Context, trainer: Any, peak: dict[str, float]) -> None:
-    from components.sapo import plan
+    from components.sapo.planning import describe as plan
 
     rows, args = trainer.train_dataset, trainer.args
     setup = plan._setup(rows, args, plan.Node(use_cpu=not context.on_gpu), not context.on_gpu)

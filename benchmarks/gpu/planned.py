@@ -1,4 +1,4 @@
-"""The memory plan of `components/sapo/memory.py` against what was allocated at most."""
+"""The memory plan of `components/sapo/planning/memory.py` against what was allocated at most."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from typing import Any
 
 from benchmarks.gpu.record import Context
 from components.common.kernels.pair_packing import PairBatch
-from components.sapo import memory
-from components.sapo.memory import GIB
+from components.sapo.planning import memory, sizes
+from components.sapo.planning.sizes import GIB
 
 CAPACITY = 80e9
 
 
-def micro_batch(batch: PairBatch) -> memory.MicroBatch:
-    return memory.MicroBatch(len(batch.tokens), batch.real_tokens(), len(batch.targets))
+def micro_batch(batch: PairBatch) -> sizes.MicroBatch:
+    return sizes.MicroBatch(len(batch.tokens), batch.real_tokens(), len(batch.targets))
 
 
 def compare(
     context: Context,
     what: str,
     config: Any,
-    batch: memory.MicroBatch,
-    setup: memory.Setup,
+    batch: sizes.MicroBatch,
+    setup: sizes.Setup,
     measured: dict[str, float],
     without: tuple[str, ...] = (),
 ) -> None:
@@ -33,7 +33,7 @@ def compare(
         without: parts of the plan that the measured program does not have.
     """
     setup = replace(setup, on_cpu=not context.on_gpu)
-    plan = memory.plan(memory.architecture(config), batch, setup, CAPACITY)
+    plan = memory.plan(sizes.architecture(config), batch, setup, CAPACITY)
     always = {name: size for name, size in plan.always.items() if name not in without}
     moments = {
         "forward and backward": sum(plan.train.values()),

@@ -22,5 +22,5 @@ resumable.py       transformers.Trainer with such checkpoints
 state.py           which run a checkpoint is of
 sharding.py        where the trained parameters lie: DDP, ZeRO-2, ZeRO-3, FSDP2
 lora.py            an adapter on a frozen base
-plan.py, memory.py what a run would do and need
+planning/          what a run would do and need: sizes, memory, remedies
 """

@@ -16,7 +16,7 @@ from components.common.training.trainer_stage import TrainerStage
 from components.sapo.checkpoint import complete_checkpoints, require_complete
 from components.sapo.config import SAPOConfig
 from components.sapo.lora import load_policy
-from components.sapo.plan import Node, describe
+from components.sapo.planning.describe import Node, describe
 from components.sapo.trainer import SAPOTrainer
 
 logger = logging.getLogger(__name__)

@@ -41,7 +41,7 @@ class Without:
         return getattr(self.finder, name)
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 import benchmarks.gpu.__main__
-import components.sapo.plan
+import components.sapo.planning.describe
 from components.sapo.trainer import SAPOTrainer
 assert not [name for name in ABSENT if name in sys.modules]
 """

@@ -8,9 +8,9 @@ from components.common.core.conversations import read_rows
 from components.common.kernels.pair_logps import response_logps
 from components.common.kernels.pair_packing import PairIds, collate
 from components.common.models.loading import load_model
-from components.sapo import memory
 from components.sapo.config import SAPOConfig
 from components.sapo.lora import load_policy
+from components.sapo.planning import memory
 from components.sapo.trainer import SAPOTrainer
 
 functional = pytest.importorskip("bitsandbytes.functional")

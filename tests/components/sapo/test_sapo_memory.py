@@ -14,10 +14,10 @@ from benchmarks.shapes import Shape, make_pairs, save, smollm2_shape
 from components.common.generation.engines import ENGINES
 from components.common.kernels.pair_logps import response_logps, shared_prefix_attention
 from components.common.kernels.pair_packing import collate
-from components.sapo import memory
 from components.sapo.config import SAPOConfig
 from components.sapo.lora import add_adapter, load_policy
-from components.sapo.memory import GIB, Adapter, MicroBatch, Setup
+from components.sapo.planning import memory, remedies, sizes
+from components.sapo.planning.sizes import GIB, Adapter, MicroBatch, Setup
 
 LLAMA = LlamaConfig(
     vocab_size=128256,
@@ -32,7 +32,7 @@ SMALL = MicroBatch(pairs=1, tokens=100, scored=50)
 
 @pytest.fixture(scope="module")
 def llama():
-    return memory.architecture(LLAMA)
+    return sizes.architecture(LLAMA)
 
 
 def test_sizes_come_from_the_config_alone(llama):
@@ -67,20 +67,20 @@ def test_an_adapter_spares_what_is_kept_for_trained_weights(llama):
 
 
 def test_a_run_that_does_not_fit_is_told_what_to_change(llama):
-    batch = memory.micro_batch(8, 1348, 700, 222, from_divergence=True, packed=True)
+    batch = sizes.micro_batch(8, 1348, 700, 222, from_divergence=True, packed=True)
     setup = Setup(processes=8, parallelism="ddp", sampler="vllm")
     assert not memory.plan(llama, batch, setup, 80e9).fits
-    text = memory.advice(llama, batch, setup, 80e9)
+    text = remedies.advice(llama, batch, setup, 80e9)
     assert text.startswith("--gradient_checkpointing true --sleep_level 1 --parallelism zero3: ")
     changed = dataclasses.replace(setup, parallelism="zero3", checkpointing=True, sleeps=True)
     assert memory.plan(llama, batch, changed, 80e9).fits
-    assert "no other setting is enough" in memory.advice(llama, batch, setup, 1e9)
-    assert memory.advice(llama, batch, setup, 24e9).startswith("an adapter on a base in 4 bits: a `*-24gb` recipe: ")
+    assert "no other setting is enough" in remedies.advice(llama, batch, setup, 1e9)
+    assert remedies.advice(llama, batch, setup, 24e9).startswith("an adapter on a base in 4 bits: a `*-24gb` recipe: ")
 
 
 def test_a_run_that_generates_too_much_at_once_is_told_how_much_fits(llama):
     setup = Setup(adapter=Adapter(in_4bit=True), checkpointing=True, cached_prompts=64, cached_length=2048)
-    batch = memory.micro_batch(4, 1348, 700, 222, from_divergence=True, packed=True)
+    batch = sizes.micro_batch(4, 1348, 700, 222, from_divergence=True, packed=True)
     assert memory.plan(llama, batch, setup, 24e9).generate == {
         "key-value cache": 2 * 32 * 8 * 128 * 2 * 64 * 2048,
         "prompts": (2 * 2 + 2 * 4) * 14336 * 64 * 2048,
@@ -90,7 +90,7 @@ def test_a_run_that_generates_too_much_at_once_is_told_how_much_fits(llama):
     assert on_cpu["weights laid out for a CPU"] == 2 * llama.head
     plain = memory.plan(llama, batch, Setup(on_cpu=True), 24e9).generate
     assert plain["weights laid out for a CPU"] == 2 * (llama.head + llama.in_linears)
-    assert memory.advice(llama, batch, setup, 24e9).startswith("--sampler_batch_size 16: ")
+    assert remedies.advice(llama, batch, setup, 24e9).startswith("--sampler_batch_size 16: ")
 
 
 def test_the_peak_is_that_of_the_fullest_moment(llama):
@@ -129,7 +129,7 @@ def _planned(setup):
     """Bytes of one layer for the pairs of `_kept`."""
     batch = collate(make_pairs(SHAPE), 0, share=True, from_divergence=True)
     sizes = MicroBatch(2, batch.model_inputs["input_ids"].numel(), len(batch.targets))
-    return memory.layer_bytes(memory.architecture(smollm2_shape(1, vocabulary=1000).config), sizes, setup)
+    return memory.layer_bytes(sizes.architecture(smollm2_shape(1, vocabulary=1000).config), sizes, setup)
 
 
 def _kept(model, bf16):
@@ -158,8 +158,8 @@ from components.common.training.config import settle_process
 from components.sapo.config import SAPOConfig
 from components.sapo.trainer import SAPOTrainer
 from transformers import AutoConfig
-from components.sapo.plan import Node, _batch, _setup
-from components.sapo import memory
+from components.sapo.planning.describe import Node, _batch, _setup
+from components.sapo.planning import memory, remedies, sizes
 
 def status(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name + ":")) * 1024
@@ -177,7 +177,7 @@ tokenizer = load_tokenizer(directory)
 before = status("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # the peak is counted from here
 SAPOTrainer(load_model(directory, "float32"), args, rows, processing_class=tokenizer).train()
-model = memory.architecture(AutoConfig.from_pretrained(directory))
+model = sizes.architecture(AutoConfig.from_pretrained(directory))
 planned = memory.plan(model, _batch(rows, args, True), _setup(rows, args, Node(use_cpu=True), True), 1e12)
 print(json.dumps({"measured": status("VmHWM") - before, "planned": planned.peak}))
 """

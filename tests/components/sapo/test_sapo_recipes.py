@@ -11,7 +11,7 @@ from components.common.stage.recipes import find_recipe, recipe_names
 from components.common.training.config import HIDDEN
 from components.common.training.resume import ResumableStageConfig
 from components.sapo.config import SAPOConfig
-from components.sapo.plan import Node, memory_lines
+from components.sapo.planning.describe import Node, memory_lines
 
 # Section 5.1, and the authors' code where the paper is silent.
 PAPER = {

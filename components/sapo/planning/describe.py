@@ -10,10 +10,10 @@ import torch
 from components.common.generation.engines import ENGINES
 from components.common.kernels.pair_logps import SUPPORTED
 from components.common.models.chat_templates import EncodedRow
-from components.sapo import memory
 from components.sapo.config import SAPOConfig
 from components.sapo.losses import LOSSES
-from components.sapo.memory import GIB
+from components.sapo.planning import memory, remedies, sizes
+from components.sapo.planning.sizes import GIB
 
 H100 = 80e9  # bytes; planned for where no GPU is visible
 PERCENTILE = 0.95  # rows longer than this share of all are not planned for
@@ -31,7 +31,7 @@ class Node:
     """
 
     processes: int = 1
-    parallelism: memory.Parallelism = "ddp"
+    parallelism: sizes.Parallelism = "ddp"
     gpu_memory: float | None = None
     use_cpu: bool = False
 
@@ -72,7 +72,7 @@ def describe(
 def memory_lines(rows: list[EncodedRow], model_config: Any, args: SAPOConfig, node: Node) -> list[str]:
     """Memory of one GPU, whether it is enough, and what to change where it is not."""
     capacity, place, on_cpu = node.capacity()
-    model, setup = memory.architecture(model_config), _setup(rows, args, node, on_cpu)
+    model, setup = sizes.architecture(model_config), _setup(rows, args, node, on_cpu)
     batch = _batch(rows, args, packed=getattr(model_config, "model_type", None) in SUPPORTED)
     planned = memory.plan(model, batch, setup, capacity)
     spread = f"{node.processes} processes, {node.parallelism}" if node.processes > 1 else "1 process"
@@ -86,7 +86,7 @@ def memory_lines(rows: list[EncodedRow], model_config: Any, args: SAPOConfig, no
     verdict = f"{planned.peak / GIB:.1f} of {capacity / GIB:.1f} GiB of {place}"
     if planned.fits:
         return [*lines, f"        it fits: {verdict}"]
-    change = memory.advice(model, batch, setup, capacity)
+    change = remedies.advice(model, batch, setup, capacity)
     return [*lines, f"        NOT ENOUGH: {verdict}; it would fit with {change}"]
 
 
@@ -103,7 +103,7 @@ def _parts(parts: dict[str, float]) -> str:
     return ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
 
 
-def _engine_lines(model: memory.Architecture, setup: memory.Setup, args: SAPOConfig, capacity: float) -> list[str]:
+def _engine_lines(model: sizes.Architecture, setup: sizes.Setup, args: SAPOConfig, capacity: float) -> list[str]:
     """What is wrong with the engine's share of the GPU, if anything is."""
     needed = memory.engine_needs(model, setup, args.max_length)
     if setup.engine is None or setup.on_cpu or needed <= setup.engine_share * capacity:
@@ -125,17 +125,17 @@ def _percentile(lengths: list[int]) -> int:
     return sorted(lengths)[int(PERCENTILE * (len(lengths) - 1))]
 
 
-def _batch(rows: list[EncodedRow], args: SAPOConfig, packed: bool) -> memory.MicroBatch:
+def _batch(rows: list[EncodedRow], args: SAPOConfig, packed: bool) -> sizes.MicroBatch:
     """A micro-batch of long rows. B begins, on average, in the middle of where it may."""
     prompt, whole = _longest(rows)
     response = max(whole - prompt, 2)
     last_start = max(0, response - args.segment_length)
     shared = 0 if args.no_segment else last_start // 2
     from_divergence = LOSSES[args.loss_type].shared_cancels
-    return memory.micro_batch(args.per_device_train_batch_size, prompt, response, shared, from_divergence, packed)
+    return sizes.micro_batch(args.per_device_train_batch_size, prompt, response, shared, from_divergence, packed)
 
 
-def _setup(rows: list[EncodedRow], args: SAPOConfig, node: Node, on_cpu: bool) -> memory.Setup:
+def _setup(rows: list[EncodedRow], args: SAPOConfig, node: Node, on_cpu: bool) -> sizes.Setup:
     sharded = node.processes > 1 and node.parallelism != "ddp"
     served = args.served_dtype()
     served_bytes = 0 if served is None else torch.finfo(served).bits // 8
@@ -145,7 +145,7 @@ def _setup(rows: list[EncodedRow], args: SAPOConfig, node: Node, on_cpu: bool) -
     prompt, whole = _longest(rows)
     longest = prompt if args.no_segment else max(prompt, whole - args.segment_length)  # with A
     prompts = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.responses_per_prompt
-    return memory.Setup(
+    return sizes.Setup(
         processes=node.processes,
         parallelism=node.parallelism,
         bf16=bool(args.bf16),
@@ -166,9 +166,9 @@ def _setup(rows: list[EncodedRow], args: SAPOConfig, node: Node, on_cpu: bool) -
     )
 
 
-def _adapter(args: SAPOConfig) -> memory.Adapter | None:
+def _adapter(args: SAPOConfig) -> sizes.Adapter | None:
     """The adapter that is trained, if one is."""
     if not args.use_peft:
         return None
     targets = args.lora_target_modules
-    return memory.Adapter(args.lora_r, (targets,) if isinstance(targets, str) else tuple(targets), args.load_in_4bit)
+    return sizes.Adapter(args.lora_r, (targets,) if isinstance(targets, str) else tuple(targets), args.load_in_4bit)
