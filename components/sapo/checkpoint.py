@@ -5,7 +5,7 @@
       optimizer.safetensors  optimizer.json            the optimizer step and the learning rate schedule
       buffer.safetensors  sampling.safetensors         pairs with their counts; entries that wait for the next step
       reference_logps.safetensors  held_out.safetensors    log-probs of the reference, and of the start model
-      random-1-of-1.safetensors  random-1-of-1.json    states of torch, numpy and Python
+      random.own-1-of-1.safetensors  .json             states of torch, numpy and Python
       weights.json  metrics.json  trainer.json  trainer_state.json    versions, values not yet logged, log history
       settings.json                                    settings, data digest, versions
       manifest.json                                    size and sha256 of each file; last, atomically
@@ -15,7 +15,7 @@ How a value is written follows from what it is:
 
     Parts          this process's elements of tensors, to `<key>.safetensors`; where the policy is sharded, each process has a
                    file of its own, `<key>-1-of-8.safetensors`, with the place of each part in its metadata
-    PerProcess     what each process has for itself, to `<name>-1-of-8.safetensors` and `.json`
+    PerProcess     what each process has for itself, to `<key>.own-1-of-8.safetensors` and `.json`: never taken for parts
     tensor, array  to `<name>.safetensors`, by the first process
     anything else  to `<name>.json`, by the first process
 
@@ -191,8 +191,8 @@ class CheckpointWriter:
 
     def own(self, name: str, mine: PerProcess) -> None:
         """Writes what each process has for itself."""
-        self._save(f"{name}-{of_processes()}", mine.tensors)
-        self._write(f"{name}-{of_processes()}", mine.content)
+        self._save(f"{name}.own-{of_processes()}", mine.tensors)
+        self._write(f"{name}.own-{of_processes()}", mine.content)
 
     def json(self, name: str, content: Any) -> None:
         """Writes `<name>.json`, in the first process only."""
@@ -261,7 +261,7 @@ class CheckpointReader:
 
     def own(self, name: str) -> PerProcess | None:
         """What this process wrote for itself; None if as many processes did not write this checkpoint."""
-        mine = f"{name}-{of_processes()}"
+        mine = f"{name}.own-{of_processes()}"
 
         return PerProcess(self.tensors(mine), self.json(mine)) if self.has(f"{mine}.json") else None
 

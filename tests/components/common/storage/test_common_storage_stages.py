@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load
+from torch import Tensor
 
 from components.common.core.conversations import write_rows
 from faults import runner
@@ -255,6 +258,64 @@ def test_a_trainer_of_trl_goes_on_from_the_bucket_on_an_empty_disk(pod, tmp_path
     assert not [key for key in objects if key.startswith(f"pipe/{name}/checkpoints/")]
 
 
+def places(name: str) -> list[object]:
+    """A run of SAPO that is long enough to be killed."""
+    return ["--data", uri("data"), "--model", uri("model"), "--output", uri(name), *SAPO, "--max_steps", 12]
+
+
+def kill_once_mirrored(pod: Pod, name: str, directory: Path) -> None:
+    """Starts the run on a disk of its own, and kills it when a checkpoint of it is in the bucket."""
+    variables = pod.store.environment() | {"SAPO_CACHE": str(directory / "lost"), "OMP_NUM_THREADS": "1"}
+    log = directory / f"{name}.log"
+    process = runner.start("sapo", places(name), variables | {"HF_HUB_OFFLINE": "1"}, log)
+    while not pod.mirrored(name):
+        assert process.is_alive(), log.read_text()
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+
+
+@pytest.fixture(scope="module")
+def whole(pod: Pod) -> dict[str, Tensor]:
+    """The model of the run that nobody kills."""
+    pod.must("sapo", *places("whole"))
+    return load(pod.objects()["pipe/whole/model.safetensors"])
+
+
+def test_a_killed_run_is_refused_by_name_or_goes_on_as_if_nothing_had_changed(pod, whole, tmp_path):
+    kill_once_mirrored(pod, "again", tmp_path)
+    code, said = Pod(tmp_path / "refused", pod.store).run("sapo", *places("again"), "--beta", 0.3)
+    assert (code, "is of another run: beta was 0.1, is 0.3; give the settings" in said) == (2, True), said
+
+    other = [
+        "--sampler_timeout",
+        1200,
+        "--use_cpu",
+        "false",
+        "--logging_steps",
+        2,
+        "--save_steps",
+        2,
+        "--name",
+        "again",
+    ]
+    other += ["--dataloader_num_workers", 1, "--pairs_per_log", 1, "--grace_seconds", 30, "--mirror_keep", 1]
+    said = Pod(tmp_path / "goes-on", pod.store).must("sapo", *places("again"), *other)
+    assert "fetched the checkpoint of step" in said and "resumes from" in said
+    ended = load(pod.objects()["pipe/again/model.safetensors"])
+    assert [name for name in whole if not torch.equal(ended[name], whole[name])] == []
+
+
+def test_one_process_of_four_pairs_goes_on_as_two_of_two(pod, whole, tmp_path):
+    """Sums over processes are taken in another order: equal up to rounding."""
+    kill_once_mirrored(pod, "split", tmp_path)
+    two = ["--num_processes", 2, "--per_device_train_batch_size", 2]
+    said = Pod(tmp_path / "goes-on", pod.store).must("sapo", *places("split"), *two)
+    assert "resumes from" in said
+    ended = load(pod.objects()["pipe/split/model.safetensors"])
+    assert [name for name in whole if not torch.allclose(ended[name], whole[name], atol=1e-5)] == []
+
+
 def test_spin_goes_on_from_the_bucket_on_an_empty_disk(pod, tmp_path):
     """Killed while it generates, while it trains and between; each time without its disk."""
     command = ["--data", uri("data"), "--model", uri("model"), "--train_rows", 16, "--eval_rows", 4, "--iterations", 2]
@@ -279,6 +340,18 @@ def test_spin_goes_on_from_the_bucket_on_an_empty_disk(pod, tmp_path):
     objects = pod.objects()
     assert objects["pipe/cut/model.safetensors"] == objects["pipe/spin/model.safetensors"]
     assert not [key for key in objects if key.startswith(("pipe/cut/checkpoints/", "pipe/cut/spin/"))]
+
+
+def test_a_complete_evaluation_goes_on_with_another_scope_where_it_is_told_to(pod, tmp_path):
+    command = ["--data", uri("data"), "--model", uri("model"), "--limit", 4, "--output", tmp_path / "out"]
+    pod.must("evaluation", *command)
+    code, said = pod.run("evaluation", *command, "--name", "other")
+    assert (code, "is of another run: name was None, is 'other'; give" in said) == (2, True), said
+    pod.must("evaluation", *command, "--name", "other", "--resume")
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["name"] == "other"
+    assert "already done" in pod.must("evaluation", *command, "--name", "other")
+    code, said = pod.run("evaluation", *command, "--limit", 5, "--resume")
+    assert (code, "is of another run: limit was 4, is 5; give" in said) == (2, True), said
 
 
 # ---- The same for outputs on a disk ----------------------------------------------------------------------------------
