@@ -28,7 +28,11 @@ from pipelines.runs import run_names
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("components", "pipelines", "docker", "helm", "tests")
-READMES = [ROOT / "README.md", *sorted(path for part in PARTS for path in (ROOT / part).rglob("README.md"))]
+READMES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted(path for part in PARTS for path in (ROOT / part).rglob("README.md")),
+]
 MARK = "<!-- runnable -->"
 STAGE = re.compile(r"python3? -m components\.(\w+)(?![\w.])")
 MODULE = re.compile(r"python3? -m (components\.\w+\.[\w.]+)")  # a tool of a stage

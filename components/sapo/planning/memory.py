@@ -15,7 +15,7 @@ c is 2 in bfloat16 and 4 in float32. A sharded reference is this process's parts
 are scored (the 2). With an adapter the base is frozen (2 bytes a parameter in bfloat16, 0.516 in 4 bits: NF4 with an 8-bit
 scale for 64 weights and a float32 one for 256 scales; embeddings, head and norms not, and one layer at a time is whole), the
 reference costs an adapter at most. An engine with weights of its own takes the share of the GPU that it is told to. Activations
-and logits are those of packed pairs: see `layer_bytes` and `logits_bytes`.
+and logits are those of `common/kernels`: see `layer_bytes` and `logits_bytes`.
 
 What lives at once differs from moment to moment, so the peak is what lives all the time plus the largest of: forward and
 backward, the optimizer's step, generation.

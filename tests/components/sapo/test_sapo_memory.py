@@ -128,8 +128,8 @@ def test_activations_beside_an_adapter_on_a_base_in_4_bits(tmp_path):
 def _planned(setup):
     """Bytes of one layer for the pairs of `_kept`."""
     batch = collate(make_pairs(SHAPE), 0, share=True, from_divergence=True)
-    sizes = MicroBatch(2, batch.model_inputs["input_ids"].numel(), len(batch.targets))
-    return memory.layer_bytes(sizes.architecture(smollm2_shape(1, vocabulary=1000).config), sizes, setup)
+    size = MicroBatch(2, batch.model_inputs["input_ids"].numel(), len(batch.targets))
+    return memory.layer_bytes(sizes.architecture(smollm2_shape(1, vocabulary=1000).config), size, setup)
 
 
 def _kept(model, bf16):
