@@ -1,7 +1,8 @@
 """sapo: Self-Augmented Preference Optimization (arXiv 2405.20830).
 
 An EMA copy of the policy rewrites a random segment of each chosen response; the pairs enter a replay buffer; the policy
-trains on draws from it with a DPO, ORPO or IPO loss. "paper" values are those of its LLaMA-3-8B and Mistral-7B runs.
+trains on draws from it with the DPO or ORPO loss, or another one. "paper" values are those of its LLaMA-3-8B and
+Mistral-7B runs.
 
     python -m components.sapo --config tiny-dpo --data runs/data --model runs/sft --output runs/sapo-dpo
 
