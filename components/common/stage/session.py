@@ -92,7 +92,7 @@ class Session:
         self.values: dict[str, Any] = {}
         self.roles: dict[str, Role] = {}
         self.resumption: Resumption | None = None
-        self.config: StageConfig  # its locations are not those of the run: buckets are replaced
+        self.config: StageConfig  # for settings that are no text: in its texts no bucket is named (`without_buckets`)
         self.sent: dict[str, tuple[str, Path]] = {}  # of each output in a bucket, its URI and the path it is made at
         self.unneeded: list[tuple[Callable[[], object], Path]] = []  # see `when_complete`
         self.lease: Lease | None = None
@@ -140,7 +140,7 @@ class Session:
         fetched |= {name: str(path) for name, (_, path) in self.sent.items()}
         if not self.config.dry_run and _is_first():
             self._open(Path(fetched["output"]), self._log_directory(fetched))
-        if "output" in self.sent or bucket_of(self.config.executor_input, fetched["output"]):
+        if "output" in self.sent or bucket_of(self.values.get("executor_input"), fetched["output"]):
             wait_for_others()  # all look for the checkpoint that the first one has fetched
         return fetched
 
@@ -191,7 +191,7 @@ class Session:
             return
         logger.info("already done: %s is the complete output of these inputs and settings", output)
         if _is_first():
-            publish(self.config.executor_input, saved.get("published"))
+            publish(self.values.get("executor_input"), saved.get("published"))
         sys.exit(0)
 
     def _extends(self, output: str) -> bool:
@@ -297,7 +297,7 @@ class Session:
         They are an extra: where they cannot be kept, the stage runs all the same. The newest stays after the run, because
         nothing here tells whether the launcher has got through.
         """
-        bucket = bucket_of(self.config.executor_input, str(output))
+        bucket = bucket_of(self.values.get("executor_input"), str(output))
         if bucket is None or log is None or self.resumption is None:
             return
         from components.common.storage.client import check_write, split
@@ -329,7 +329,7 @@ class Session:
             if "output" not in self.sent:
                 self.mirror.keep_newest()
         files = manifest.describe(output, [path for _, path in self.unneeded])
-        made = manifest.make(files, **self.run, published=published(self.config.executor_input))
+        made = manifest.make(files, **self.run, published=published(self.values.get("executor_input")))
         manifest.write(output, made)
         self._send(made)
         for remove, _ in self.unneeded:

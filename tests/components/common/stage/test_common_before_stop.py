@@ -126,7 +126,8 @@ def test_a_stage_runs_where_its_checkpoints_cannot_be_kept(tmp_path, monkeypatch
     outputs = {"artifacts": {"aligned": {"artifacts": [{"uri": "s3://nowhere/run/aligned"}]}}}
     output = tmp_path / "s3" / "nowhere" / "run" / "aligned"
     stage = session.Session("sapo")
-    stage.config = StageConfig(output=str(output), executor_input=json.dumps({"outputs": outputs}))
+    stage.config = StageConfig(output=str(output))
+    stage.values = {"executor_input": json.dumps({"outputs": outputs})}
     stage.resumption = Resumption(marker="manifest.json")
     stage._keep_beside_artifact(output, output / "training")
     client.connect.cache_clear()

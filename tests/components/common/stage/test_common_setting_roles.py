@@ -253,8 +253,6 @@ INDIRECT = {
         {"accelerator_config": {"non_blocking": True}},
         None,
     ),
-    "collected_evaluations": (None, None),  # see the next test
-    "collected_trainings": (None, None),
 }
 
 
@@ -269,20 +267,6 @@ def test_work_may_be_spread_otherwise(runs: Runs):
         assert differences(whole, runs.identity(**equal), complete=True) == [], name
         if difference:
             assert differences(whole, runs.identity(**{name: equal[name]})) == [difference]
-
-
-def test_what_a_loop_collected_counts_by_its_content(parsers: dict[str, ConfigParser], tmp_path: Path):
-    runs = Runs(parsers["report"], tmp_path)
-    listed = {"evaluations": {"artifacts": [{"uri": runs.location("collected", "input")}]}}
-    collected = {
-        "evaluations": [],
-        "collected_evaluations": "evaluations",
-        "executor_input": json.dumps({"inputs": {"artifacts": listed}}),
-    }
-    assert differences(runs.identity(), runs.identity(**collected)) == []
-    assert differences(runs.identity(**collected), runs.identity(**collected | {"evaluations": ["more"]})) == [
-        "other evaluations"
-    ]
 
 
 def test_averaging_over_processes_counts_where_there_are_several(parsers: dict[str, ConfigParser], tmp_path: Path):
