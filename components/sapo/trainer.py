@@ -11,6 +11,7 @@ One optimizer step is one iteration of the paper:
 Besides these there are the held-out pairs (held_out.py), the metrics (metrics.py) and the checkpoints (checkpoint.py).
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -331,6 +332,11 @@ class SAPOTrainer(ResumableTrainer):
         return parts
 
     def identity(self) -> Identity:
+        return self._identity
+
+    @functools.cached_property
+    def _identity(self) -> Identity:
+        """Made once: it digests every row."""
         policy: Any = self.policy
         held_out: Any = self.eval_dataset
         return identity(self.args, self.train_dataset, held_out, policy.config._name_or_path)
