@@ -135,6 +135,7 @@ class _SeededDraw(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """(rows, vocab) -> the same with 0 at the drawn tokens and -inf elsewhere."""
+        self.uniforms = self.uniforms.to(scores.device)  # once: a copy a token would make a GPU wait
         kept, tokens = scores / self.settings.temperature, None
         if self.settings.top_k:
             tokens = kept.topk(min(self.settings.top_k, scores.shape[1])).indices.sort(dim=-1).values
@@ -142,7 +143,7 @@ class _SeededDraw(LogitsProcessor):
         if self.settings.top_p < 1:
             kept = TopPLogitsWarper(self.settings.top_p)(input_ids, kept)
         cumulative = kept.double().softmax(dim=-1).cumsum(dim=-1)
-        target = self.uniforms[self.step].to(scores.device).unsqueeze(1) * cumulative[:, -1:]
+        target = self.uniforms[self.step].unsqueeze(1) * cumulative[:, -1:]
         drawn = torch.searchsorted(cumulative, target, right=True).clamp(max=kept.shape[1] - 1)
         self.step += 1
         drawn = drawn if tokens is None else tokens.gather(1, drawn)
