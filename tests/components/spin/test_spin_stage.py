@@ -158,7 +158,7 @@ def test_output_that_is_not_empty(tmp_path, chat_data, micro_model):
 def test_damaged_record_of_a_run(tmp_path, chat_data, micro_model):
     (tmp_path / "spin").mkdir()
     (tmp_path / "spin" / "run.json").write_text("[]")
-    with pytest.raises(UserError, match="is not the record of a SPIN run"):
+    with pytest.raises(UserError, match="has no record of its run that this version can compare"):
         main([*flags(data=chat_data, model=micro_model, output=tmp_path), *SETTINGS])
 
 
