@@ -59,7 +59,8 @@ def attention_alone(context: Context) -> None:
                 layout = PairLayout(batch.spans)
 
                 def both(layout: PairLayout = layout, inputs: Any = inputs, size: int = of["head_dim"]) -> Any:
-                    mixed, _ = attend_pairs(None, *inputs, None, size**-0.5, layout)
+                    query, key, value = inputs
+                    mixed, _ = attend_pairs(None, query, key, value, None, size**-0.5, layout)
                     return mixed, *torch.autograd.grad(mixed, inputs, mixed.detach())
 
                 before = graphs()
@@ -84,9 +85,9 @@ def attention_alone(context: Context) -> None:
                 setting = f"{kernel}, {name}, {form}, {count:,} tokens"
                 context.add("fast", "attention of a layer", setting, **values)
             if len(found) == 2:
-                error = away(*found.values())
+                apart = away(*found.values())
                 what = f"{name}, {form}, {count:,} tokens"
-                context.add("right", "flex = varlen, forward and backward", what, error < 0.02, error=error)
+                context.add("right", "flex = varlen, forward and backward", what, apart < 0.02, error=apart)
     pair_attention.ON_GPU = min(total, key=lambda kernel: total[kernel])
     context.there["attention used"] = pair_attention.ON_GPU
 
@@ -108,7 +109,7 @@ def head_alone(context: Context) -> None:
         with peak_memory(context) as peak:
             seconds = best_seconds(context, both)
         work = 6 * scored * size * vocabulary
-        extra: dict[str, Value] = {"peak_gib": peak["allocated"] / 2**30} if peak else {}
+        extra: dict[str, Any] = {"peak_gib": peak["allocated"] / 2**30} if peak else {}
         profile = profiled(context, both)
         context.add(
             "fast",
@@ -166,7 +167,7 @@ def timed_steps(
         first = seconds_of(context, lambda: step(batches[0]))
         later = seconds_of(context, lambda: step(batches[1 % len(batches)]))
         compiled = graphs() - before
-        seconds = seconds_of(context, lambda: [step(pairs) for pairs in batches])
+        seconds = seconds_of(context, lambda: _each(step, batches))
     pairs = sum(map(len, batches))
     tokens = sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for batch in batches for p in batch)
     values: dict[str, Value] = {
@@ -255,10 +256,15 @@ def _without_fusion(context: Context, learner: Learner, batches: list[list[PairI
         gpu_fusion.ENABLED = True
 
 
+def _each(step: Callable[[list[PairIds]], None], batches: list[list[PairIds]]) -> None:
+    for pairs in batches:
+        step(pairs)
+
+
 def _look_closer(context: Context, learner: Learner, batches: list[list[PairIds]], case: str, setting: str) -> None:
     """What a step spends its time on, and where the host waits in it."""
     waits = host_waits(context, lambda: learner.step(batches[0]))
-    profile = profiled(context, lambda: [learner.step(pairs) for pairs in batches[: 1 if context.tiny else 2]])
+    profile = profiled(context, lambda: _each(learner.step, batches[: 1 if context.tiny else 2]))
     shares = {name.replace(" ", "_"): share for name, share in profile["shares"].items()}
     optimizer = best_seconds(context, lambda: _only_optimizer(learner), repeats=3)
     context.add(
@@ -393,7 +399,7 @@ def host_work(context: Context) -> None:
         "block_mask_ms": lambda: PairLayout(spans).block_mask(None, device),
         "segments_ms": lambda: PairLayout(spans).segments(device),
     }
-    values: dict[str, Value] = {name: 1000 * best_seconds(context, part) for name, part in parts.items()}
+    values: dict[str, Any] = {name: 1000 * best_seconds(context, part) for name, part in parts.items()}
     context.add("fast", "host work of a batch", f"{batch.real_tokens():,} packed tokens", **values)
 
 
@@ -402,7 +408,7 @@ def sampler(context: Context) -> None:
     of = sizes(context, "1B")
     model = random_model(context.device, of, dtype=BF16).eval()
     settings = SamplingSettings(0.7, 50, 0.95, frozenset({1}))
-    engine: Any = HFSampler(model, settings, pad_id=0)  # type: ignore[arg-type]
+    engine: Any = HFSampler(model, settings, pad_id=0)
     random = np.random.default_rng(0)
     scale, tokens = (32, 8) if context.tiny else (1, 256)
     for rows in (8, 64):
@@ -448,7 +454,7 @@ def iteration(context: Context) -> None:
     entries = [entry for entry in trainer.state.log_history if "pairs_per_second" in entry]
     last = entries[1:] or entries
     names = [name for name in last[0] if name.startswith("seconds/")] + ["pairs_per_second", "tokens_per_second"]
-    values: dict[str, Value] = {name: float(np.mean([e.get(name, 0.0) for e in last])) for name in names}
+    values: dict[str, Any] = {name: float(np.mean([e.get(name, 0.0) for e in last])) for name in names}
     setting = f"1B, DPO, {pairs} pairs, the last {len(last)} of {steps} steps"
     context.add(
         "fast", "whole SAPO iteration", setting, **values, _log=[{k: float(v) for k, v in e.items()} for e in entries]

@@ -104,7 +104,7 @@ def trl_orpo(context: Context, model: Any) -> Loss:
         trainer = ORPOTrainer(model, args, train_dataset=data, processing_class=words)
 
     def of(pairs: list[PairIds]) -> Tensor:
-        batch = {}
+        batch: dict[str, Any] = {}
         ids, mask, labels = rows_of(pairs, context.device)
         for name, part in (("chosen", slice(0, len(pairs))), ("rejected", slice(len(pairs), None))):
             batch |= {

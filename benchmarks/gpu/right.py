@@ -61,10 +61,13 @@ def pairs_of_step(context: Context, step: int, vocabulary: int) -> list[PairIds]
     random = np.random.default_rng(step)
     scale = 16 if context.tiny else 1
     pairs = []
+
+    def draw(tokens: int) -> list[int]:
+        return [int(token) for token in random.integers(5, vocabulary, tokens)]
+
     for i in range(3):
         prompt, a, b, c = (int(n) // scale + 1 for n in random.integers(40, 400, 4))
         a, c = (0 if i == 0 else a), (0 if i == 1 else c)
-        draw = lambda n: random.integers(5, vocabulary, n).tolist()  # noqa: E731
         shared, tail = draw(a), draw(c)
         pairs.append(PairIds(draw(prompt), shared + draw(b) + tail, shared + draw(b) + tail))
     return pairs
@@ -293,7 +296,12 @@ def _repeated(context: Context, directory: Path) -> None:
     base = model_of(context)
 
     def trained(name: str, stop: int | None = None, resume: bool = False) -> list[Tensor]:
-        options = {"max_steps": steps, "save_strategy": "steps", "save_steps": steps, "logging_steps": 2}
+        options: dict[str, Any] = {
+            "max_steps": steps,
+            "save_strategy": "steps",
+            "save_steps": steps,
+            "logging_steps": 2,
+        }
         trainer = make_trainer(context, copy.deepcopy(base), directory / name, segment=32, pairs=2, rows=8, **options)
         trainer.remove_callback(PrinterCallback)
         request = StopRequest()

@@ -172,7 +172,7 @@ def flops(model: PreTrainedModel, batch: PairBatch, trains_base: bool = True) ->
     tokens, scored = batch.real_tokens(), len(batch.targets)
     factor = 6 if trains_base else 4  # a frozen weight has no gradient of its own
     size = config.num_attention_heads * config.head_dim * config.num_hidden_layers
-    head: Tensor = model.get_output_embeddings().weight  # type: ignore[assignment]
+    head: Tensor = model.get_output_embeddings().weight
     return Flops(
         trunk=(factor * weights + 6 * adapters) * tokens,
         head=factor * head.numel() * scored,

@@ -54,7 +54,7 @@ def make_trainer(
         data.append(
             {"id": str(i), "prompt_ids": ids[: length // 2], "chosen_ids": [*ids[length : length + response], 1]}
         )
-    defaults = {
+    defaults: dict[str, Any] = {
         "output_dir": str(directory),
         "loss_type": "dpo",
         "segment_length": segment,
