@@ -12,7 +12,6 @@ from components.common.core.conversations import read_rows
 from components.common.generation.worker import SamplerTimeout
 from components.sapo.config import SAPOConfig
 from components.sapo.schedule import Overlap, Sync
-from components.sapo.state import identity
 from components.sapo.trainer import SAPOTrainer
 
 SETTINGS = SMALL | {"max_steps": 8, "learning_rate": 1e-3, "ema_interval": 1}
@@ -173,8 +172,7 @@ def test_what_is_served_is_the_ema_of_the_last_push(trainer):
 
 def test_the_push_interval_is_part_of_a_run_and_the_time_out_is_not(trainer):
     plain, other, patient = (
-        identity(run.args, run.train_dataset)["settings"]
-        for run in (trainer(**s) for s in ({}, {"push_interval": 2}, {"sampler_timeout": 9}))
+        run.identity()["settings"] for run in (trainer(**s) for s in ({}, {"push_interval": 2}, {"sampler_timeout": 9}))
     )
     assert plain == patient != other
 

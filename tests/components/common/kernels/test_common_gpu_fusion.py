@@ -88,6 +88,7 @@ def test_a_new_length_does_not_compile_anew(monkeypatch):
         function = getattr(vocabulary_head, name).__wrapped__
         monkeypatch.setattr(vocabulary_head, name, gpu_fusion.one_kernel(function))
     monkeypatch.setattr(gpu_fusion, "is_wanted", lambda tensor: True)
+    monkeypatch.setattr(gpu_fusion, "ENABLED", True)
     monkeypatch.setattr(vocabulary_head, "LOGITS", 1)
     torch._dynamo.reset()
     norm, down, head = nn.Parameter(torch.ones(32)), nn.Parameter(torch.ones(32, 64)), nn.Linear(32, 3000, bias=False)
