@@ -21,7 +21,7 @@ from components.common.storage import client
 from components.common.storage.mirror import mirrored
 from faults.store import BUCKET
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 STEPS = 40
 SETTINGS = {"max_length": 96, "segment_length": 6, "max_new_tokens": 6, "per_device_train_batch_size": 4}
 SETTINGS |= {"max_steps": STEPS, "eval_rows": 4, "report_to": "none", "use_cpu": True, "bf16": False, "save_steps": 4}

@@ -11,7 +11,11 @@ import pytest
 
 from components.common.training.distributed.supervisor import environment, supervise
 
-SUPERVISOR = "import sys; from components.common.supervisor import supervise; sys.exit(supervise(sys.argv[1:], 2, 5.0))"
+SUPERVISOR = """
+import sys
+from components.common.training.distributed.supervisor import supervise
+sys.exit(supervise(sys.argv[1:], 2, 5.0))
+"""
 WAITING = "import os, pathlib, signal, sys, time\nrank = os.environ['RANK']\npathlib.Path(rank).touch()\n"
 
 
@@ -21,7 +25,7 @@ def program(text: str) -> list[str]:
 
 def started(text: str, directory: Path) -> subprocess.Popen[str]:
     """A supervisor of two such programs, each of which has come as far as to touch a file with its rank's name."""
-    root = str(Path(__file__).parents[3])
+    root = str(Path(__file__).parents[4])
     command = [*program(SUPERVISOR), *program(WAITING + text)]
     environ = os.environ | {"PYTHONPATH": root}
     process = subprocess.Popen(command, cwd=directory, env=environ, stderr=subprocess.PIPE, text=True)
