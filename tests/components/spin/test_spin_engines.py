@@ -10,5 +10,6 @@ def test_spin_runs_with_an_engine_that_is_an_entry(build, tmp_path, third_engine
     assert len(third_engine) == 2 and all(engine.closed and engine.batches for engine in third_engine)
     for index in range(2):
         assert equal_weights(
-            run.files.model(index), tmp_path / "hf" / run.files.model(index).relative_to(tmp_path / "third")
+            run.inputs.files.model(index),
+            tmp_path / "hf" / run.inputs.files.model(index).relative_to(tmp_path / "third"),
         )
