@@ -83,7 +83,7 @@ class OneStepEarly(Sync):
 
 def test_overlap_is_sync_shifted_by_one_step(trainer, tmp_path):
     overlap, by_hand = trainer(tmp_path / "a", schedule="overlap"), trainer(tmp_path / "b")
-    by_hand.sampling.schedule = OneStepEarly(by_hand.sampling.generate)
+    by_hand.sampling.schedule = OneStepEarly(by_hand.sampling.generate, by_hand.clock)
     for run in (overlap, by_hand):
         run.train()
     assert entries(overlap) == entries(by_hand)
